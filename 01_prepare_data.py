@@ -1,0 +1,1000 @@
+"""Step 1: from an archive of mammograms to checked, cropped and split films.
+
+In:  the MIAS database (folder, archive or download), your own films with a labels CSV, or the
+     built-in synthetic phantoms.
+Out: data/<source>/labels.csv, findings.csv, films.npy, films.csv and splits.csv.
+
+    python 01_prepare_data.py                                   finds or downloads MIAS
+    python 01_prepare_data.py --archive all-mias.tar.gz         an archive that you have
+    python 01_prepare_data.py --source phantom                  synthetic films, no download
+    python 01_prepare_data.py --images scans --labels mine.csv  your own films
+"""
+
+# %% Imports: this script finds its own folder first, whatever the working directory is
+import hashlib
+import os
+import re
+import shutil
+import socket
+import sys
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+sys.path.insert(0, str(Path(globals().get("__file__", "cell")).resolve().parent))
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from PIL import Image, ImageFilter
+from sklearn.model_selection import StratifiedGroupKFold
+from torchvision.datasets.utils import download_url
+
+import common
+from common import BENIGN, CLASS_NAMES, MALIGNANT, NORMAL, UserError
+
+
+# %% Settings: change a value and run the cells below again; each name is a command-line flag
+@dataclass
+class Settings:
+    """What to prepare, and how."""
+
+    source: Literal["auto", "mias", "phantom", "own"] = "auto"  # auto: MIAS if it can be had
+    images: str = ""  # folder with films, in place of an archive or a download
+    archive: str = ""  # all-mias.tar.gz, .tar or .zip, with any folders inside
+    labels: str = ""  # CSV of your own films: image,label[,patient][,laterality]
+    size: str = "auto"  # canvas, height x width in px; auto: 512x288, phantoms 256x144
+    folds: int = 5  # parts of the cross-validation; each is the test set once
+    seed: int = 0  # of the split into folds, and of the phantoms
+    patients: int = 60  # phantom patients, two films each
+    phantom_size: int = 1024  # px, sides of a phantom film; MIAS has 1024
+    allow_partial: bool = False  # go on without films that are missing or broken
+
+
+if __name__ == "__main__":
+    settings = common.command_line(Settings, __doc__)
+
+
+# %% Find the films: a folder, an archive, an earlier download, the public mirror, or phantoms
+MIRROR = "http://peipa.essex.ac.uk/pix/mias/all-mias.tar.gz"
+LICENCE = """The MIAS database is free for research purposes only; it may not be rented, leased or
+sold. Publications must cite: J Suckling et al (1994), "The Mammographic Image Analysis Society
+Digital Mammogram Database", Exerpta Medica, International Congress Series 1069, pp 375-378."""
+
+
+def find_films(settings):
+    """Find the folder of raw films, or make one.
+
+    Parameters
+    ----------
+    settings : Settings
+        `images`, `archive`, `labels` and `source` decide, in this order; then comes
+        data/mias/raw, then MIAS_ARCHIVE and MIAS_URL from the environment, then the mirror.
+
+    Returns
+    -------
+    source : str
+        "mias", "phantom" or "own".
+    folder : Path
+        Where the films lie.
+
+    Raises
+    ------
+    UserError
+        If a named place does not exist, or `source` is "mias" and it cannot be had.
+    """
+    source = "own" if settings.labels else "mias" if settings.source == "auto" else settings.source
+    if settings.source == "phantom":
+        return "phantom", phantom_films(settings)
+    if source == "own" and not (settings.labels and (settings.images or settings.archive)):
+        raise UserError("own films need both --labels FILE and --images DIR (or --archive FILE)")
+    raw = common.data_dir(source) / "raw"
+    if settings.images:
+        if not Path(settings.images).expanduser().is_dir():
+            raise UserError(f"--images {settings.images} is no folder; name the folder of films")
+        return source, Path(settings.images).expanduser()
+    if settings.archive:
+        return source, extract(Path(settings.archive).expanduser(), raw)
+    if raw.is_dir() and film_paths(raw):
+        return source, raw
+    if os.environ.get("MIAS_ARCHIVE"):
+        return source, extract(Path(os.environ["MIAS_ARCHIVE"]), raw)
+    url = os.environ.get("MIAS_URL", MIRROR)
+    try:
+        return source, extract(download(url, raw.parent / "all-mias.tar.gz"), raw)
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        reason = getattr(error, "reason", error)
+        if settings.source == "mias":
+            raise UserError(
+                f"the database could not be downloaded from {url} ({reason}); download it "
+                "elsewhere and name it with --archive FILE, or try --source phantom"
+            ) from None
+        common.banner(
+            "NO MIAS DATABASE: it was not found here and could not be downloaded",
+            f"({url}: {reason}).",
+            "Going on with SYNTHETIC PHANTOMS. Figures from phantoms say nothing about mammograms.",
+            "Have the database? python 01_prepare_data.py --archive all-mias.tar.gz",
+        )
+        return "phantom", phantom_films(settings)
+
+
+def download(url, path):
+    """Download a file with torchvision, completely or not at all, and retry once.
+
+    Parameters
+    ----------
+    url : str
+        Address of the archive.
+    path : Path
+        Where it goes; a file that is there is taken as it is.
+
+    Raises
+    ------
+    OSError
+        If the server cannot be reached or the transfer breaks off twice.
+    """
+    if path.is_file():
+        return path
+    print(f"looking for the database at {url} ...", flush=True)
+    common.contact(url)
+    print(LICENCE)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)
+    try:
+        for attempt in (1, 2):
+            try:
+                with common.replacing(path) as temporary:
+                    download_url(url, str(temporary.parent), temporary.name)
+                return path
+            except (OSError, RuntimeError) as error:
+                if attempt == 2:
+                    raise
+                common.warn(f"the download broke off ({error}); trying once more")
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def extract(archive, folder):
+    """Unpack the films and Info.txt of an archive, flat, into a new folder.
+
+    Only regular files with a film's or a text file's suffix are written, under their base name,
+    so no member can land outside; links, devices and upward paths are refused. More than 1 GiB
+    and more than 30 times the archive's own size is taken for a bomb.
+
+    Returns
+    -------
+    folder : Path
+        The folder, whole. One that this archive filled before is used again.
+    """
+    if not archive.is_file():
+        raise UserError(f"the archive {archive} is not there; check the name and the folder")
+    stamp = {"archive": archive.name, "bytes": archive.stat().st_size}
+    mark = folder / ".archive.json"
+    if mark.is_file() and common.read_json(mark) == stamp:
+        return folder
+    if folder.is_dir() and not mark.is_file() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds files that are not ours; move them or use --images")
+    limit = max(1 << 30, 30 * stamp["bytes"])
+    temporary = Path(tempfile.mkdtemp(dir=str(_made(folder.parent)), prefix=".raw-"))
+    try:
+        for name, size, stream in _members(archive):
+            if ".." in Path(name).parts or name.startswith(("/", "\\")) or stream is None:
+                raise UserError(f"{archive} has a member that is not allowed: {name!r}")
+            limit -= size
+            if limit < 0:
+                raise UserError(f"{archive} unpacks to far more than its size; not trusted")
+            if Path(name).suffix.lower() in (*common.FILM_SUFFIXES, ".txt"):
+                with open(temporary / Path(name).name, "xb") as file, stream() as data:
+                    shutil.copyfileobj(data, file)
+        common.write_json(stamp, temporary / mark.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    except FileExistsError as error:
+        raise UserError(f"{archive} holds {Path(error.filename).name} twice") from None
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"{archive} is damaged or no archive ({error}); get it again") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _members(archive):
+    """Yield (name, bytes, open function or None where no regular file) of a tar or zip."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as file:
+            for member in file.infolist():
+                if not member.is_dir():
+                    yield member.filename, member.file_size, lambda m=member: file.open(m)
+        return
+    with tarfile.open(archive) as file:
+        for member in file:
+            if not member.isdir():
+                opened = (lambda m=member: file.extractfile(m)) if member.isreg() else None
+                yield member.name, member.size, opened
+
+
+def _made(folder):
+    """Make a folder and return it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def phantom_films(settings):
+    """Make the synthetic films, once for a number of patients and a seed; return their folder."""
+    folder = common.data_dir("phantom") / "raw"
+    if settings.patients < 12 or not 128 <= settings.phantom_size <= 4096:
+        raise UserError("phantoms need at least 12 --patients and a --phantom-size of 128 to 4096")
+    stamp = {"patients": settings.patients, "seed": settings.seed, "size": settings.phantom_size}
+    mark = folder / ".phantoms.json"
+    if mark.is_file() and common.read_json(mark) == stamp:
+        return folder
+    print(f"making phantoms of {settings.patients} patients ...", flush=True)
+    temporary = Path(tempfile.mkdtemp(dir=str(_made(folder.parent)), prefix=".raw-"))
+    try:
+        common.make_phantoms(temporary, *stamp.values())
+        common.write_json(stamp, temporary / mark.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def film_paths(folder):
+    """Return the film files of a folder, sorted by name."""
+    suffixes = common.FILM_SUFFIXES
+    return sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in suffixes)
+
+
+if __name__ == "__main__":
+    source, folder = find_films(settings)
+    print(f"{source}: {len(film_paths(folder))} films in {folder}")
+
+
+# %% Read the labels: every row of Info.txt is a finding, and the worst one labels the film
+TISSUES = {"F": "fatty", "G": "fatty-glandular", "D": "dense-glandular"}
+TYPES = ("CALC", "CIRC", "SPIC", "MISC", "ARCH", "ASYM")
+
+
+def parse_info(text, film_height=1024):
+    """Parse Info.txt of the MIAS database.
+
+    Films 2k-1 and 2k are the right and the left breast of patient k. The file counts y from the
+    bottom; here it runs from the top.
+
+    Parameters
+    ----------
+    text : str
+        The whole file. A row starts with ``mdbNNN`` at column 0; all else is prose.
+    film_height : int
+        Rows of a film, to turn y over.
+
+    Returns
+    -------
+    labels : DataFrame
+        One row a film: image, patient, laterality, tissue, label, label_name, findings (number).
+    findings : DataFrame
+        One row a finding: image, type, severity, x, y, radius (px, empty where not given).
+
+    Raises
+    ------
+    UserError
+        With every line that cannot be understood.
+    """
+    films, findings, problems = {}, [], []
+    for number, line in enumerate(text.lstrip("\ufeff").splitlines(), start=1):
+        row = re.match(r"(mdb\d+)\s+(\S.*)", line, flags=re.IGNORECASE)
+        if not row:
+            continue
+        image, tokens = row[1].lower(), row[2].upper().split()
+        tissue, kind = tokens[0], tokens[1] if len(tokens) > 1 else ""
+        film = films.setdefault(image, {"tissue": tissue, "severities": []})
+        if tissue not in TISSUES or film["tissue"] != tissue:
+            problems.append(f"line {number}: tissue {tissue!r} (F, G or D, alike for one film)")
+        if kind == "NORM":
+            film["severities"].append("N")
+            continue
+        severity = tokens[2] if len(tokens) > 2 else ""
+        if kind not in TYPES or severity not in ("B", "M"):
+            problems.append(f"line {number}: finding {kind!r}, severity {severity!r}")
+            continue
+        film["severities"].append(severity)
+        numbers = tokens[3:6] if all(re.fullmatch(r"-?\d+", t) for t in tokens[3:6]) else []
+        x, y, radius = map(int, numbers) if len(numbers) == 3 else (np.nan,) * 3
+        if radius <= 0:
+            problems.append(f"line {number}: radius {radius}")
+        findings.append((image, kind, severity, x, film_height - 1 - y, radius))
+    labels = []
+    for image, film in sorted(films.items()):
+        severities = film["severities"]
+        if "N" in severities and len(set(severities)) > 1:
+            problems.append(f"{image} is called normal in one row and not in another")
+        label = MALIGNANT if "M" in severities else BENIGN if "B" in severities else NORMAL
+        number = int(image[3:])
+        laterality, count = (
+            ("right", "left")[number % 2 == 0],
+            len(severities) - ("N" in severities),
+        )
+        labels.append((image, (number + 1) // 2, laterality, film["tissue"], label, count))
+    if problems or not labels:
+        found = "; ".join(problems[:10]) or "no row that starts with mdbNNN"
+        raise UserError(f"Info.txt cannot be trusted: {found}. Compare it with the distributed one")
+    columns = ["image", "patient", "laterality", "tissue", "label", "findings"]
+    labels = pd.DataFrame(labels, columns=columns)
+    labels.insert(5, "label_name", [CLASS_NAMES[label] for label in labels["label"]])
+    columns = ["image", "type", "severity", "x", "y", "radius"]
+    return labels, pd.DataFrame(findings, columns=columns)
+
+
+def read_own_labels(path):
+    """Read a user's labels CSV: image, label (0, 1, 2 or a name), maybe patient and laterality.
+
+    Returns
+    -------
+    labels, findings : DataFrame
+        As `parse_info` gives them; findings is empty.
+    """
+    try:
+        given = pd.read_csv(path, dtype=str, skipinitialspace=True).rename(columns=str.strip)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--labels {path} cannot be read as CSV ({error})") from None
+    given.columns = [str(name).lower() for name in given.columns]
+    missing = [name for name in ("image", "label") if name not in given]
+    if missing:
+        raise UserError(
+            f"{path} lacks the column {' and '.join(missing)}; found {', '.join(given.columns)}"
+        )
+    codes = {name: code for code, name in enumerate(CLASS_NAMES)}
+    codes.update({str(code): code for code in range(3)})
+    label = given["label"].str.strip().str.lower().map(codes)
+    image = given["image"].fillna("").str.strip().map(lambda name: Path(name).stem)
+    bad = given.index[label.isna() | (image == "")]
+    if len(bad):
+        raise UserError(
+            f"{path}: no valid image or label in line {common.listing(bad + 2)} (found "
+            f"{common.listing(given.loc[bad, 'label'].unique())}); labels are benign, normal, "
+            "malignant or 0, 1, 2"
+        )
+    if image.duplicated().any():
+        raise UserError(f"{path} names {common.listing(image[image.duplicated()].unique())} twice")
+    if "patient" in given and given["patient"].isna().any():
+        raise UserError(f"{path}: some rows have no patient; fill the column or leave it out")
+    if "patient" not in given:
+        print("no patient column: each image counts as its own patient. If some patients have")
+        print("several films, add the column, or films of one patient land on both sides.")
+    labels = pd.DataFrame({"image": image, "patient": given.get("patient", image)})
+    labels["laterality"] = given.get("laterality", pd.Series("", given.index)).fillna("")
+    labels["tissue"] = ""
+    labels["label"] = label.astype(int)
+    labels["label_name"] = [CLASS_NAMES[code] for code in labels["label"]]
+    labels["findings"] = 0
+    return labels, pd.DataFrame(columns=["image", "type", "severity", "x", "y", "radius"])
+
+
+def read_labels(source, folder, settings):
+    """Read Info.txt of a folder, or the user's own CSV."""
+    if source == "own":
+        return read_own_labels(settings.labels)
+    info = [path for path in Path(folder).iterdir() if path.name.lower() == "info.txt"]
+    if not info:
+        raise UserError(f"no Info.txt in {folder}; copy the database's there, or use --labels FILE")
+    films = film_paths(folder)
+    height = common.read_film(films[0]).shape[0] if films else 1024
+    return parse_info(info[0].read_text(encoding="utf-8", errors="replace"), height)
+
+
+if __name__ == "__main__":
+    labels, findings = read_labels(source, folder, settings)
+    common.table(labels["label_name"].value_counts().to_frame("films"), "films per class")
+    common.table(findings.head(8), "the first findings, y from the top")
+
+
+# %% Find the breast: labels, tape and frames go, the breast and the muscle stay
+def guess_laterality(film):
+    """Return the brighter half, "right" or "left"; wrong if the breast fills the film (mdb151)."""
+    columns = film.mean(axis=0)  # (width,)
+    middle = len(columns) // 2
+    return "right" if columns[-middle:].sum() > columns[:middle].sum() else "left"
+
+
+def tissue_threshold(film):
+    """Return the grey level that parts film from tissue: Otsu (1979), then two thirds back to film.
+
+    Square roots of the grey levels, because the skin line is nearly as dark as the film; for the
+    same reason Otsu's level alone would shave the skin off.
+    """
+    root = np.sqrt(np.arange(256))
+    counts = np.bincount(film.ravel(), minlength=256)
+    n, total = np.cumsum(counts), np.cumsum(counts * root)
+    between = (total[-1] * n - n[-1] * total) ** 2 / np.maximum(n * (n[-1] - n), 1)
+    otsu = between.argmax()
+    # Level 0 is left out: it is the padding round the film rather than film.
+    unlit = total[otsu] / max(n[otsu] - n[0], 1)
+    return ((2 * unlit + root[otsu]) / 3) ** 2
+
+
+def density(mask, radius):
+    """Return how full (0 to 255) the square of `radius` pixels round each pixel of a mask is."""
+    image = Image.fromarray(mask.astype(np.uint8) * 255)
+    return np.asarray(image.filter(ImageFilter.BoxBlur(radius)))
+
+
+def connected(seed, mask):
+    """Return the pixels of a bool mask that are joined to a bool seed, through 4 neighbours."""
+    position = np.arange(1, max(mask.shape) + 1, dtype=np.int16)[:, None]
+    walls = [np.rot90(~mask, turn) for turn in (1, 2, 3, 4)]
+    walls = [np.maximum.accumulate(wall * position[: len(wall)], axis=0) for wall in walls]
+    size = -1
+    while seed.sum() > size:  # sweeps over whole columns: two or three rounds, not a hundred
+        size = seed.sum()
+        for wall in walls:
+            seed = np.rot90(seed)
+            seed = np.maximum.accumulate(seed * position[: len(seed)], axis=0) > wall
+    return seed
+
+
+def fill_holes(mask):
+    """Return a bool mask with those pixels added that see it upwards, downwards, left and right."""
+    seen = np.ones_like(mask)
+    for _ in range(4):
+        mask, seen = np.rot90(mask), np.rot90(seen)
+        seen = seen & np.logical_or.accumulate(mask, axis=0)
+    return seen
+
+
+def find_breast(film, laterality):
+    """Tell the breast from film, labels, tape and frames. The pectoral muscle stays.
+
+    Parameters
+    ----------
+    film : ndarray of uint8, shape (height, width)
+    laterality : {"right", "left", ""}
+        The film edge that the chest wall lies against; "" to guess it.
+
+    Returns
+    -------
+    ndarray of bool, shape (height, width)
+        True on the breast and 1.5 % of the film size beyond all that is brighter than film.
+
+    Raises
+    ------
+    ValueError
+        If no single piece brighter than the film covers 3 to 98 % of it.
+    """
+    height, width = film.shape
+    cell = max(1, round(max(film.shape) / 128))  # a coarse film is quick, and free of noise
+    coarse = np.asarray(Image.fromarray(film).reduce(cell))  # (about 128, about 128)
+    bright = coarse > tissue_threshold(coarse)
+    # Two cells off every rim break the bridges to labels and tape, and remove scratches.
+    core = density(bright, 2) == 255
+    # Labels and frames are narrow and far from the chest wall: the fullest place near it is breast.
+    wall_right = (laterality or guess_laterality(film)) == "right"
+    nearness = np.linspace(*((0.5, 1) if wall_right else (1, 0.5)), num=coarse.shape[1])
+    fullness = density(bright, 14) * nearness * core
+    piece = density(connected(core & (fullness == fullness.max()), core), 2) > 0
+    if not 0.03 < piece.mean() < 0.98:
+        raise ValueError(
+            f"no breast found: the main bright piece covers {piece.mean():.1%} of the "
+            f"film (grey levels {film.min()} to {film.max()}), expected 3 to 98 %"
+        )
+    breast = fill_holes(density(piece, 2) > 0)
+    # The skin may be darker than the threshold, but behind the chest wall there is only padding.
+    columns = np.flatnonzero(piece.any(axis=0))
+    breast[:, slice(columns[-1] + 1, None) if wall_right else slice(columns[0])] = False
+    # Smoothed at half size only: a quarter of the time, and the last step is too small to see.
+    half = Image.fromarray(breast.astype(np.uint8) * 255).resize(
+        (width // 2, height // 2), Image.BILINEAR, box=(0, 0, width / cell, height / cell)
+    )
+    return np.asarray(half.resize((width, height), Image.NEAREST)) > 127
+
+
+def breast_box(mask, margin, wall_margin, wall_right):
+    """Return top, left, height and width of the box round a mask, wider by the margins (px)."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    before, after = (margin, wall_margin) if wall_right else (wall_margin, margin)
+    top, left = max(0, int(rows[0]) - margin), max(0, int(columns[0]) - before)
+    bottom = min(mask.shape[0], int(rows[-1]) + 1 + margin)
+    right = min(mask.shape[1], int(columns[-1]) + 1 + after)
+    return top, left, bottom - top, right - left
+
+
+# %% Place it on the canvas: crop, mirror right breasts, shrink without distortion, pad with black
+class Geometry(NamedTuple):
+    """How a film came to its canvas; enough to carry a point either way."""
+
+    film_height: int  # px
+    film_width: int  # px
+    crop_top: int  # px of the film
+    crop_left: int  # px of the film
+    crop_height: int  # px of the film
+    crop_width: int  # px of the film
+    mirrored: bool  # right breasts are, so that the chest wall is always on the left
+    scale: float  # canvas px for one film px
+
+
+def film_to_canvas(x, y, geometry):
+    """Carry film pixels (x from the left, y from the top; numbers or arrays) to canvas pixels."""
+    x = x - geometry.crop_left
+    if geometry.mirrored:
+        x = geometry.crop_width - 1 - x
+    y = y - geometry.crop_top
+    return (x + 0.5) * geometry.scale - 0.5, (y + 0.5) * geometry.scale - 0.5
+
+
+def canvas_to_film(x, y, geometry):
+    """Carry canvas pixels back to film pixels, the inverse of `film_to_canvas`."""
+    x, y = (x + 0.5) / geometry.scale - 0.5, (y + 0.5) / geometry.scale - 0.5
+    if geometry.mirrored:
+        x = geometry.crop_width - 1 - x
+    return x + geometry.crop_left, y + geometry.crop_top
+
+
+def place_film(film, laterality, size):
+    """Cut the breast out of a film and place it on a black canvas.
+
+    Parameters
+    ----------
+    film : ndarray of uint8, shape (height, width)
+        The film.
+    laterality : str
+        "right", "left", or "" to judge it from where the light is.
+    size : tuple of int
+        Canvas height and width, px.
+
+    Returns
+    -------
+    canvas : ndarray of uint8, shape `size`
+        Chest wall on the left, breast at the top left corner.
+    geometry : Geometry
+        The way here and back.
+    mask : ndarray of bool, shape (height, width)
+        The breast on the film.
+
+    Raises
+    ------
+    ValueError
+        If the film has no breast that can be found.
+    """
+    laterality = laterality or guess_laterality(film)
+    mask = find_breast(film, laterality)
+    mirrored = laterality == "right"
+    # Some circles of MIAS reach up to 45 px of 1024 behind the chest wall (mdb110).
+    margins = round(max(film.shape) / 128), round(max(film.shape) * 0.047)
+    top, left, height, width = breast_box(mask, *margins, wall_right=mirrored)
+    scale = min(size[0] / height, size[1] / width)
+    box = (slice(top, top + height), slice(left, left + width))
+    crop = film[box] * mask[box]
+    if mirrored:
+        crop = crop[:, ::-1]
+    # whole canvas pixels: at most half of one is lost, and points keep the exact scale
+    shape = [min(max(round(side * scale), 1), most) for side, most in zip(crop.shape, size)]
+    extent = (0, 0, min(shape[1] / scale, width), min(shape[0] / scale, height))
+    small = Image.fromarray(crop).resize(shape[::-1], Image.BILINEAR, box=extent)
+    canvas = np.zeros(size, np.uint8)
+    canvas[: shape[0], : shape[1]] = small
+    geometry = Geometry(*film.shape, top, left, height, width, mirrored, scale)
+    return canvas, geometry, mask
+
+
+if __name__ == "__main__":
+    figure, axes = plt.subplots(2, 6, figsize=(9, 6), layout="constrained")
+    paths = {path.stem: path for path in film_paths(folder)}
+    examples = labels[labels["image"].isin(paths)].groupby("label").head(2).sort_values("label")
+    for (raw_axis, cut_axis), film_row in zip(axes.T, examples.itertuples()):
+        film = common.read_film(paths[film_row.image])
+        canvas, geometry, mask = place_film(film, film_row.laterality, (512, 288))
+        raw_axis.imshow(film, cmap="gray", vmin=0, vmax=255)
+        raw_axis.contour(mask, levels=[0.5], colors="#56B4E9", linewidths=1)
+        raw_axis.set_title(f"{film_row.image}\n{film_row.label_name}", fontsize=9)
+        cut_axis.imshow(canvas, cmap="gray", vmin=0, vmax=255)
+        raw_axis.axis("off")
+        cut_axis.axis("off")
+    figure.suptitle("Before (breast outlined) and after the crop, right breasts mirrored")
+    common.show(figure, common.data_dir(source) / "figures" / "crops.png")
+
+
+# %% Check every film: a digest of its pixels tells a wrong, damaged or renamed one
+# The first 6 hex digits of the sha256 of the pixels of mdb001 to mdb322, one after the other
+DIGESTS = """
+e3442d7245405072bbb07cd3f345851fd2a611f35c0103ea240d3e6c2a95858f9c16a2a3af63c91758f88a3a725d257f
+e853fc1242903f204994d21270739d9f9db283c83fb7353a598d216fc3b13c6eb21f4db69a6bce57d2b059029e36f012
+d90bdfe3436a1313c55a8ca6952544ef33bf037155fe94489196efaf640305e5cc24b56971a62bfdc5f0b9bb4901bdb8
+1609ea1847ed979b918aba683bc25dc9c7b2a9d2a84f50b52e32901c7e7da2e5fba239d9a361b3d445663c51ca20d432
+b7abbb01448956c3498e64c8909d45f8c6a1e6041d924fcb9c2d3eede836be2965d30befdcdad4fdd85bd0b6ad5ce809
+f88eb06c9bf3e502e050406c9892135c1e86c908d3102f92096f25d505349dca2b04900ed064bbb8d77c81638406d79d
+791d658c21e4ebce618c94b8d31de5eccadd0aaaa1fb5e36e6d5d705d187176e19b37f937a277e158ca80d49c83df4e9
+d64113bf56b1d3ad4338c0ed008ce74327aafe0ba302e534a3a2f5dba95be243337a00176bcd5c2f4de5180d7b0555e4
+102a54239a07ac545c8e26c712a98684054b8beb6b264abc94c5ada7f079b74d49d7a949ffa9439b261b4ba018acc440
+8b7c4ceebb65ab85b3eb982c4855e9e9e8aacf186fafd2578afeb84c35ac799030f24cb58845ea23ea8f93a21511f79b
+a343bba0547fc5e7311784096a041dd9de74081c7b1138c9fcb79b68352e2e8ae95c17eb4db484a24e068f4ec73687a4
+7569ae7c17eb861c61cea5ef33c10cd89e0429ba2dab25c9e4edca10533b6607463d49b3643b34842fbdea07944e5aac
+2cba7d86ab757f05aeb0a96e9b9c86b5deb234b409fcfa4502702a32afe3d393a856a61c6200f096b64aa80a4d7a58a8
+db25d1f508a3f0f9cba71d18517ebe73f813ab59e1f32ff04c8a13044dea9ff133d89f9a28e81e221401537f4766e67f
+0b4c005bf980abdd1d24539f6e342d891704f5322e375c4245599ff47b5c1f319ad5124538c5e5d2357a57e1c510f846
+86ce25c726b1c52c07b06de25a000a8c37be6b55616013886a5b0273701a3c61888d44744b8514f352db9f84f634d631
+a3abaa4b34d394e4d053e48cbda45d32f98866c79c23d544a1f473e902f54b5042c4b664db928ae7dafce77da719f09e
+9cb98ceb922c4f2150eb36024950b25aec77b0509ffe96cbdf97305456ac0970e32eb0674aade8626761d584fa95acd6
+02f83db50466f5d1039c4acb4f62013881bb6841a5991e98607eb831a3b5e027c2ffdf1a88bf05fcda04c9e621853d24
+c10cd6e87510da0ecc4306ba0a87e925f358ec987ad72cd0748d9f598e9f5f675db147e7de141cfae8b8a4907d6faf1d
+d6680176ea2d
+"""
+
+
+def known_digests():
+    """Return the distributed films' digests as {digest: image}."""
+    digits = "".join(DIGESTS.split())
+    return {digits[6 * n : 6 * n + 6]: f"mdb{n + 1:03d}" for n in range(len(digits) // 6)}
+
+
+def check_films(source, films, labels, allow_partial):
+    """Compare the films with the labels and, for MIAS, with the database as distributed.
+
+    Parameters
+    ----------
+    source : str
+        "mias", "phantom" or "own".
+    films : DataFrame
+        image, digest, problem ("" if the film could be used), note ("" or a remark).
+    labels : DataFrame
+        One row a film.
+    allow_partial : bool
+        Warn of films that are missing or unusable instead of ending.
+
+    Raises
+    ------
+    UserError
+        If two names hold the same pixels, or one the pixels of another MIAS film; and, unless
+        `allow_partial`, if films are missing or unusable. Every film is named.
+    """
+    twice = films[films["digest"].duplicated(keep=False) & (films["problem"] == "")]
+    if len(twice):
+        raise UserError(f"the same pixels under several names: {common.listing(twice['image'])}")
+    for note, group in films[films["note"] != ""].groupby("note"):
+        common.warn(f"{note}: {common.listing(group['image'])}")
+    if source == "mias":
+        known = known_digests()
+        belongs = films["digest"].str[:6].map(known)
+        renamed = films[belongs.notna() & (belongs != films["image"])]
+        if len(renamed):
+            pairs = [f"{a} holds {b}" for a, b in zip(renamed["image"], belongs[renamed.index])]
+            raise UserError(f"renamed films, their labels would be wrong: {common.listing(pairs)}")
+        other = films[belongs.isna() & (films["problem"] == "")]
+        if len(other):
+            common.warn(
+                f"{len(other)} films differ from the distributed database, so results cannot be "
+                f"compared with others': {common.listing(other['image'])}"
+            )
+    expected = set(labels["image"]) | (set(known_digests().values()) if source == "mias" else set())
+    missing = sorted(expected - set(films["image"]))
+    broken = films[films["problem"] != ""]
+    problems = [f"{len(missing)} films are missing: {common.listing(missing)}"] if missing else []
+    problems += [f"{row.image}: {row.problem}" for row in broken.head(8).itertuples()]
+    problems += [f"and {len(broken) - 8} more"] if len(broken) > 8 else []
+    if problems and not allow_partial:
+        raise UserError("; ".join(problems) + ". Get them again, or use --allow-partial")
+    if problems:
+        common.warn("left out, as --allow-partial says: " + "; ".join(problems))
+
+
+# %% Split patients, never films: no patient is on both sides
+def split_patients(labels, folds, seed):
+    """Deal the patients into folds, stratified by the worse label of their films.
+
+    Parameters
+    ----------
+    labels : DataFrame
+        image, patient, label.
+    folds : int
+        How many parts.
+    seed : int
+        Of the shuffle.
+
+    Returns
+    -------
+    splits : DataFrame
+        image, patient, fold (0 to folds - 1).
+
+    Raises
+    ------
+    UserError
+        If a class has fewer patients than there are folds.
+    """
+    worse = worse_label(labels)
+    counts = worse.groupby(labels["patient"]).first().value_counts()
+    if folds < 2 or len(counts) < 2 or counts.min() < folds:
+        found = ", ".join(f"{CLASS_NAMES[code]} {n}" for code, n in counts.sort_index().items())
+        raise UserError(
+            f"{folds} folds need at least {max(folds, 2)} patients of two classes or more; found "
+            f"patients by worse label: {found}. Choose fewer --folds or add films"
+        )
+    splits = labels[["image", "patient"]].assign(fold=-1)
+    dealer = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
+    for fold, (_, held_out) in enumerate(dealer.split(labels, worse, labels["patient"])):
+        splits.loc[splits.index[held_out], "fold"] = fold
+    return splits
+
+
+def worse_label(labels):
+    """Return for every film the worst label of its patient: malignant, benign, then normal."""
+    severity = labels["label"].map({NORMAL: 0, BENIGN: 1, MALIGNANT: 2})
+    worst = severity.groupby(labels["patient"]).transform("max")
+    return worst.map({0: NORMAL, 1: BENIGN, 2: MALIGNANT})
+
+
+if __name__ == "__main__":
+    splits = split_patients(labels, settings.folds, settings.seed)
+    common.table(splits.groupby("fold")["patient"].agg(["nunique", "size"]), "patients and films")
+
+
+# %% Prepare: all films on one canvas array, with all that the later steps need beside it
+VERSION = 1  # of the preprocessing; a new one makes every array again
+
+
+class Prepared(NamedTuple):
+    """What this step leaves for the next ones."""
+
+    source: str  # "mias", "phantom" or "own"
+    folder: Path  # data/<source>
+    films: np.ndarray  # uint8 memory map, (n_films, height, width)
+    table: pd.DataFrame  # films.csv: image, the geometry, digest; same order as `films`
+    labels: pd.DataFrame  # labels.csv, same order as `films`
+    findings: pd.DataFrame  # findings.csv, in film and in canvas pixels
+    splits: pd.DataFrame  # splits.csv: image, patient, fold
+    fingerprint: str  # of pixels, labels and findings
+
+
+def canvas_size(text, source):
+    """Read a size such as "512x288" as (height, width) in px."""
+    text = {"auto": "256x144" if source == "phantom" else "512x288"}.get(text, text)
+    match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
+    size = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not all(64 <= side <= 4096 for side in size):
+        raise UserError(f"--size {text} is no canvas; expected HEIGHTxWIDTH, 64 to 4096 px each")
+    return size
+
+
+def prepare_film(path, laterality, size, source):
+    """Read, check and place one film; one that cannot be used comes back as a problem.
+
+    Returns
+    -------
+    canvas : ndarray of uint8, shape `size`
+        Black if there is a problem.
+    row : dict
+        A row of films.csv, with problem and note.
+    """
+    row = {"image": path.stem, "digest": "", "problem": "", "note": ""}
+    try:
+        film = common.read_film(path)
+        row["digest"] = hashlib.sha256(np.ascontiguousarray(film)).hexdigest()[:16]
+        if source == "mias" and film.shape != (1024, 1024):
+            raise ValueError(f"{film.shape[0]} x {film.shape[1]} px, expected 1024 x 1024")
+        canvas, geometry, _ = place_film(film, laterality, size)
+        row.update(geometry._asdict())
+        return canvas, row
+    except (UserError, ValueError, OSError) as error:
+        row["problem"] = common.explain(error) if isinstance(error, OSError) else str(error)
+        return np.zeros(size, np.uint8), row
+
+
+def prepare(settings):
+    """Prepare a database for training: the whole of this script in one call.
+
+    Parameters
+    ----------
+    settings : Settings
+        See the settings cell.
+
+    Returns
+    -------
+    prepared : Prepared
+        Read from data/<source>; a second call with the same inputs and settings reuses it.
+
+    Raises
+    ------
+    UserError
+        If films, labels or settings cannot be used.
+    """
+    source, folder = find_films(settings)
+    target = common.data_dir(source)
+    size = canvas_size(settings.size, source)
+    paths = film_paths(folder)
+    inputs = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    labels, findings = read_labels(source, folder, settings)
+    rows = [labels.to_csv(), findings.to_csv(), settings.allow_partial]
+    key = common.fingerprint(VERSION, source, size, inputs, rows)
+    with common.locked(target):
+        state = target / "prepared.json"
+        if state.is_file() and common.read_json(state)["key"] == key:
+            print(f"{target} is up to date: {len(paths)} films on {size[0]} x {size[1]} px")
+        else:
+            state.unlink() if state.exists() else None  # what follows is not whole until the end
+            _build(source, paths, labels, findings, size, settings, target, key)
+        kept = pd.read_csv(target / "labels.csv", dtype={"patient": str})
+        splits = split_patients(kept, settings.folds, settings.seed)
+        if not (target / "splits.csv").is_file() or not splits.equals(_read_splits(target)):
+            common.write_csv(splits, target / "splits.csv")
+    prepared = load_prepared(source)
+    if source == "phantom":
+        common.banner("SYNTHETIC PHANTOMS: figures from here on say nothing about mammograms.")
+    return prepared
+
+
+def _build(source, paths, labels, findings, size, settings, target, key):
+    """Place all films on the canvas array and write the tables beside it, the state last."""
+    laterality = labels.set_index("image")["laterality"]
+    extra = [path.stem for path in paths if path.stem not in laterality.index]
+    if extra:
+        common.warn(f"{len(extra)} films have no label and are left out: {common.listing(extra)}")
+    paths = [path for path in paths if path.stem in laterality.index]
+    stems = pd.Series([path.stem for path in paths], dtype=str)
+    if stems.duplicated().any():
+        raise UserError(f"several files for {common.listing(stems[stems.duplicated()])}")
+    if not paths:
+        raise UserError(f"none of the labelled films was found; expected {labels['image'][0]}, ...")
+    with common.replacing(target / "films.npy") as temporary:
+        shape = (len(paths), *size)
+        films = np.lib.format.open_memmap(str(temporary), "w+", np.uint8, shape)
+
+        def work(number, films=films):
+            path = paths[number]
+            films[number], row = prepare_film(path, laterality[path.stem], size, source)
+            return row
+
+        table = pd.DataFrame(common.in_threads(work, range(len(paths)), "preparing films"))
+        check_films(source, table, labels, settings.allow_partial)
+        usable = (table["problem"] == "").to_numpy()
+        if usable.all():
+            labels = labels.set_index("image").loc[table["image"]].reset_index()
+            findings = findings[findings["image"].isin(table["image"])].reset_index(drop=True)
+            findings = place_findings(findings, table, films)
+            pixels = hashlib.sha256(films).hexdigest()
+        films.flush()
+        del films, work  # Windows moves no file that is still mapped
+    if not usable.any():
+        raise UserError("no film is left to work with")
+    if not usable.all():  # once more, without the ones that have just been named
+        paths = [path for path, good in zip(paths, usable) if good]
+        return _build(source, paths, labels, findings, size, settings, target, key)
+    common.write_csv(table.drop(columns=["problem", "note"]), target / "films.csv")
+    common.write_csv(labels, target / "labels.csv")
+    common.write_csv(findings, target / "findings.csv")
+    content = common.fingerprint(pixels, labels.to_csv(), findings.round(3).to_csv())
+    state = {"key": key, "source": source, "size": list(size), "films": len(paths)}
+    common.write_json({**state, "fingerprint": content}, target / "prepared.json")
+
+
+def place_findings(findings, table, films):
+    """Add canvas_x, canvas_y and canvas_radius (px), and empty what is unusable.
+
+    A circle whose centre lies on background is unusable (mdb212 and mdb214 of MIAS).
+
+    Raises
+    ------
+    UserError
+        If a usable circle, as far as it lies on the film, is not all inside the crop.
+    """
+    findings = findings.copy()
+    canvas = np.full((len(findings), 3), np.nan)
+    number = {image: n for n, image in enumerate(table["image"])}
+    for row in findings[findings["radius"].notna()].itertuples():
+        n = number[row.image]
+        g = Geometry(*table.loc[n, list(Geometry._fields)])
+        x, y = film_to_canvas(row.x, row.y, g)
+        inside = 0 <= x < films.shape[2] and 0 <= y < films.shape[1]
+        if not inside or films[n, int(y), int(x)] == 0:
+            common.warn(f"{row.image}: the circle's centre lies off the breast; not used")
+            findings.loc[row.Index, ["x", "y", "radius"]] = np.nan
+            continue
+        edges = np.array(
+            [row.x - row.radius, row.y - row.radius, row.x + row.radius, row.y + row.radius]
+        ).clip(0, [g.film_width - 1, g.film_height - 1] * 2)
+        crop = [
+            g.crop_left,
+            g.crop_top,
+            g.crop_left + g.crop_width - 1,
+            g.crop_top + g.crop_height - 1,
+        ]
+        if (edges[:2] < crop[:2]).any() or (edges[2:] > crop[2:]).any():
+            raise UserError(f"{row.image}: the crop cuts its circle at {row.x}, {row.y}")
+        canvas[row.Index] = x, y, row.radius * g.scale
+    findings[["canvas_x", "canvas_y", "canvas_radius"]] = canvas
+    return findings
+
+
+def load_prepared(source):
+    """Open what was prepared.
+
+    Parameters
+    ----------
+    source : str
+        "mias", "phantom" or "own".
+
+    Returns
+    -------
+    prepared : Prepared
+        The films are a read-only memory map: only what is looked at is read.
+    """
+    folder = common.data_dir(source)
+    state = common.read_json(folder / "prepared.json")
+    films = np.load(folder / "films.npy", mmap_mode="r")
+    table, findings = (pd.read_csv(folder / name) for name in ("films.csv", "findings.csv"))
+    labels = pd.read_csv(folder / "labels.csv", dtype={"patient": str}, keep_default_na=False)
+    splits = _read_splits(folder)
+    if not len(films) == len(table) == len(labels) == len(splits):
+        raise UserError(f"{folder} is not whole; run 01_prepare_data.py again")
+    return Prepared(source, folder, films, table, labels, findings, splits, state["fingerprint"])
+
+
+def _read_splits(folder):
+    return pd.read_csv(folder / "splits.csv", dtype={"patient": str})
+
+
+if __name__ == "__main__":
+    prepared = prepare(settings)
+    labels, findings, splits = prepared.labels, prepared.findings, prepared.splits
+
+
+# %% Look: how many films of each class and tissue, findings of each type, classes in each fold
+if __name__ == "__main__":
+    classes = labels["label_name"].value_counts().reindex(CLASS_NAMES).to_frame("films")
+    types = pd.crosstab(findings["type"], findings["severity"])
+    fold_mix = pd.crosstab(splits["fold"], labels["label_name"])[list(CLASS_NAMES)]
+    common.table(classes, f"films per class (n = {len(labels)})")
+    common.table(types, f"findings per type, benign and malignant (n = {len(findings)})")
+    common.table(fold_mix, "films per class in each fold")
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), layout="constrained")
+    sns.countplot(
+        data=labels,
+        x="tissue",
+        hue="label_name",
+        hue_order=CLASS_NAMES,
+        palette=common.COLOURS,
+        ax=axes[0],
+    )
+    axes[0].set(xlabel="tissue", ylabel="films", title=f"Tissue (n = {len(labels)} films)")
+    axes[0].legend(title="", fontsize=8)
+    if len(findings):
+        sns.countplot(
+            data=findings,
+            x="type",
+            hue="severity",
+            hue_order=["B", "M"],
+            ax=axes[1],
+            palette=[common.COLOURS["benign"], common.COLOURS["malignant"]],
+        )
+    axes[1].set(xlabel="type", ylabel="findings", title=f"Findings (n = {len(findings)})")
+    axes[1].tick_params(axis="x", labelsize=8)
+    fold_mix.plot.bar(stacked=True, ax=axes[2], color=list(common.COLOURS.values()), legend=False)
+    axes[2].set(ylabel="films", title="Class mix of the folds")
+    axes[2].tick_params(axis="x", rotation=0)
+    common.show(figure, prepared.folder / "figures" / "counts.png")
+
+
+# %% Look: films of each class on the canvas, with the radiologists' circles
+if __name__ == "__main__":
+    figure, axes = plt.subplots(3, 7, figsize=(9, 7.4), layout="constrained")
+    for label, row_axes in zip((NORMAL, BENIGN, MALIGNANT), axes):
+        chosen = labels[labels["label"] == label].sample(frac=1, random_state=0).index[:7]
+        for axis, n in zip(row_axes, chosen):
+            axis.imshow(prepared.films[n], cmap="gray", vmin=0, vmax=255)
+            circles = findings[findings["image"] == labels["image"][n]].dropna(subset=["radius"])
+            for circle in circles.itertuples():
+                colour = common.COLOURS["malignant" if circle.severity == "M" else "benign"]
+                centre = (circle.canvas_x, circle.canvas_y)
+                axis.add_patch(plt.Circle(centre, circle.canvas_radius, fill=False, color=colour))
+            axis.set_title(labels["image"][n], fontsize=8)
+        row_axes[0].set_ylabel(CLASS_NAMES[label])
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    figure.suptitle(
+        f"Films on the canvas, {prepared.source} (circles: blue benign, orange malignant)"
+    )
+    common.show(figure, prepared.folder / "figures" / "films.png")
+    print(f"\nprepared {len(labels)} films in {prepared.folder}. Next: python 04_train.py")

@@ -1,0 +1,563 @@
+"""Step 4: train the ResNet18, one fold of the cross-validation or all of them.
+
+In:  what step 1 prepared (it is run if nothing is).
+Out: runs/<run>/settings.json, history.csv, figures/, fold-K/best.pt and fold-K/last.pt.
+
+    python 04_train.py                      fold 0 with the default settings
+    python 04_train.py --fold all           every fold, for figures that mean something
+    python 04_train.py --recipe plain       the recipe of most public projects, to compare with
+    python 04_train.py --resume             goes on with the newest run where it stopped
+"""
+
+# %% Imports: this script finds its own folder first, whatever the working directory is
+import importlib
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(globals().get("__file__", "cell")).resolve().parent))
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.metrics import accuracy_score, f1_score, recall_score
+from torch.nn import functional as F
+
+import common
+from common import CLASS_NAMES, MALIGNANT, UserError
+
+data = importlib.import_module("02_dataset")
+network = importlib.import_module("03_model")
+prepare = data.prepare
+
+
+# %% Settings: change a value and run the cells below again; each name is a command-line flag
+@dataclass
+class Settings:
+    """One training run."""
+
+    # input and output
+    source: Literal["auto", "mias", "phantom", "own"] = "auto"  # auto: what was prepared last
+    fold: str = "0"  # the fold that is the test set: 0, 1, ... or all
+    run: str = ""  # name under runs/; empty: source, recipe and the next free number
+    resume: bool = False  # go on with this run, or with the newest one
+    overwrite: bool = False  # delete a run of this name first
+    # model
+    recipe: Literal["lesion", "plain"] = "lesion"  # plain: labels alone; lesion: circles too
+    weights: str = "auto"  # auto (ImageNet if it can be had), imagenet, none, or a state dict FILE
+    freeze: int = -1  # stages kept as pretrained, 0 to 5; -1: 3 with weights, else 0
+    dropout: float = 0.2  # share of the 512 features left out in training
+    # data
+    batch_size: int = 8  # films in a batch
+    balance: Literal["sampler", "loss", "none"] = "sampler"  # how rare classes count: never both
+    augment: float = 1.0  # multiplies the augmentation strengths of step 2; 0: none
+    shuffle_labels: bool = False  # leak test: labels permuted between patients; expect chance
+    # optimisation
+    epochs: int = 10  # passes over the training films, at most
+    lr: float = 1e-3  # rate of the new head, Adam
+    backbone_lr: float = 1e-4  # rate of the pretrained stages; a random start takes `lr` for both
+    weight_decay: float = 1e-4  # decoupled (AdamW)
+    label_smoothing: float = 0.1  # share of the target spread over the classes
+    lesion_weight: float = 1.0  # weight of the circles' loss beside the films'; recipe lesion only
+    lr_patience: int = 2  # epochs without a better validation loss before the rates are halved
+    patience: int = 5  # ... and before training stops
+    max_norm: float = 5.0  # gradients longer than this are shortened to it
+    # machine
+    seed: int = 0  # of weights, order, augmentation and dropout
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the hardware has it
+
+
+if __name__ == "__main__":
+    settings = common.command_line(Settings, __doc__)
+
+
+# %% The loss: of the film, and of every place where a radiologist's circle says what is there
+def lesion_loss(maps, targets, known):
+    """Cross-entropy of every place with what the circles say about it.
+
+    Parameters
+    ----------
+    maps : float tensor, shape (B, 3, h, w)
+        Logits of every place.
+    targets : float tensor, shape (B, 2, H, W)
+        Benign and malignant circles, 0 to 1; a place takes the largest value in its reach.
+    known : bool tensor, shape (B,)
+        Films whose circles are the whole truth; the others are left out.
+
+    Returns
+    -------
+    loss : float tensor, scalar
+        Places inside and outside of circles count half each: inside are about 1 %.
+    """
+    benign, malignant = F.adaptive_max_pool2d(targets, maps.shape[2:]).unbind(1)
+    benign = (benign - malignant).clamp(0, 1)  # where both overlap, the worse counts
+    wanted = torch.stack([benign, 1 - benign - malignant, malignant], 1)
+    loss = F.cross_entropy(maps.float(), wanted, reduction="none")  # (B, h, w)
+    inside = (benign + malignant) * known[:, None, None]
+    outside = (1 - benign - malignant) * known[:, None, None]
+    return 0.5 * sum((loss * part).sum() / part.sum().clamp(min=1) for part in (inside, outside))
+
+
+def film_loss(logits, labels, weights=None, smoothing=0.0):
+    """Cross-entropy of films (B, 3) with labels (B,), in float32."""
+    return F.cross_entropy(logits.float(), labels, weights, label_smoothing=smoothing)
+
+
+# %% An epoch: batch, augment, forward, backward, step
+class Trainer:
+    """Everything that changes while one fold trains, so that it can be saved and taken up again.
+
+    Parameters
+    ----------
+    settings : Settings
+        The run's.
+    prepared : Prepared
+        From step 1.
+    fold : int
+        The fold that is the test set; its films are never touched here.
+    """
+
+    def __init__(self, settings, prepared, fold):
+        self.settings, self.fold = settings, fold
+        self.device = common.choose_device(settings.device)
+        self.dtype = common.choose_precision(settings.precision, self.device)
+        torch.manual_seed(settings.seed)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        labels = prepared.labels["label"].to_numpy()
+        if settings.shuffle_labels:
+            labels = shuffled_labels(prepared.labels, settings.seed)
+        parts = data.fold_parts(prepared.splits, prepared.labels, fold)
+        self.training = data.MammogramDataset(prepared, parts["train"], labels)
+        self.validation = data.MammogramDataset(prepared, parts["validation"], labels)
+        kept = self.training.labels[self.training.rows]
+        self.class_weights = data.class_weights(kept).to(self.device)
+        if settings.balance == "sampler":
+            self.sampler = data.balanced_sampler(kept, self.generator)
+        else:
+            self.sampler = torch.utils.data.RandomSampler(self.training, generator=self.generator)
+        model, self.weights_used = network.build_model(
+            settings.weights, settings.recipe, settings.dropout, settings.freeze
+        )
+        self.model = model.to(self.device, memory_format=torch.channels_last)
+        random_start = self.weights_used.startswith("none")
+        backbone_lr = settings.lr if random_start else settings.backbone_lr
+        groups = network.parameter_groups(self.model, settings.lr, backbone_lr)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self.optimizer, factor=0.5, patience=settings.lr_patience
+        )
+        self.epoch, self.best_loss, self.best_epoch, self.history = 0, float("inf"), 0, []
+
+    def losses(self, films, labels, rows):
+        """Augment a batch, classify it, and return the loss to train on and the film logits."""
+        films = films.to(self.device).float() / 255
+        maps = None
+        if self.settings.recipe == "lesion" and not self.settings.shuffle_labels:
+            maps, known = self.training.lesion_maps(rows)
+            maps, known = maps.to(self.device), known.to(self.device)
+        films, maps = data.augment(films, labels, self.generator, self.settings.augment, maps)
+        labels = labels.to(self.device)
+        films = films.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits, places = self.model(films)
+        weights = self.class_weights if self.settings.balance == "loss" else None
+        loss = film_loss(logits, labels, weights, self.settings.label_smoothing)
+        if maps is not None:
+            loss = loss + self.settings.lesion_weight * lesion_loss(places, maps, known)
+        return loss, logits.detach()
+
+    def train_epoch(self, progress):
+        """Train on every batch of an epoch; return the mean loss and the accuracy."""
+        self.model.train()
+        total = hits = count = 0
+        for films, labels, rows in data.batches(
+            self.training, self.settings.batch_size, self.sampler
+        ):
+            loss, logits = self.losses(films, labels, rows)
+            if not torch.isfinite(loss):
+                names = self.training.prepared.labels["image"].iloc[rows.numpy()]
+                raise UserError(
+                    f"the loss became {loss.item()} in epoch {self.epoch + 1} at the films "
+                    f"{common.listing(names)}; the last good checkpoint is kept. Try a lower --lr"
+                )
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_norm)
+            self.optimizer.step()
+            total += loss.item() * len(rows)
+            hits += (logits.argmax(1).cpu() == labels).sum().item()
+            count += len(rows)
+            progress.step(len(rows), f"loss {total / count:.3f}")
+        return total / count, hits / count
+
+    def validate(self):
+        """Predict the validation films; return their logits, labels and metrics."""
+        logits = network.predict(self.model, self.validation, self.settings.batch_size, self.dtype)
+        labels = self.validation.labels[self.validation.rows]
+        predicted = logits.argmax(1)
+        metrics = {
+            # every class counts alike here, as it does in training
+            "val_loss": film_loss(logits, labels, data.class_weights(labels)).item(),
+            "val_accuracy": accuracy_score(labels, predicted),
+            "val_macro_f1": f1_score(labels, predicted, average="macro", zero_division=0),
+            "val_malignant_recall": recall_score(
+                labels == MALIGNANT, predicted == MALIGNANT, zero_division=0
+            ),
+        }
+        return logits, labels, metrics
+
+    def state(self):
+        """Return all that a resumed run needs, as tensors and plain values."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "generator": self.generator.get_state(),
+            "torch_generator": torch.get_rng_state(),
+            "epoch": self.epoch,
+            "best_loss": self.best_loss,
+            "best_epoch": self.best_epoch,
+            "history": self.history,
+        }
+
+    def restore(self, state):
+        """Take up a state that `state` gave."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch_generator"])
+        self.epoch, self.history = state["epoch"], state["history"]
+        self.best_loss, self.best_epoch = state["best_loss"], state["best_epoch"]
+
+    def finished(self):
+        """Tell whether all epochs are done, or the best one lies too far back."""
+        waited = self.epoch - self.best_epoch
+        return self.epoch >= self.settings.epochs or waited >= self.settings.patience
+
+
+def shuffled_labels(labels, seed):
+    """Permute the labels between patients, each patient's films staying together.
+
+    A sound evaluation of a model trained on these falls to chance; a leak shows as more.
+
+    Parameters
+    ----------
+    labels : DataFrame
+        image, patient, label.
+    seed : int
+        Of the permutation.
+
+    Returns
+    -------
+    labels : ndarray of int, shape (n_films,)
+        Patients with the same number of films exchange their label pairs.
+    """
+    rng = np.random.default_rng(seed)
+    mixed = labels["label"].to_numpy().copy()
+    groups = labels.groupby("patient").indices
+    sizes = pd.Series({patient: len(rows) for patient, rows in groups.items()})
+    for _, same_size in sizes.groupby(sizes):
+        rows = np.array([groups[patient] for patient in same_size.index])  # (patients, films)
+        mixed[rows] = labels["label"].to_numpy()[rows[rng.permutation(len(rows))]]
+    return mixed
+
+
+# %% A fold: epochs until the validation loss stops falling, the best and the last state saved
+HISTORY = [
+    "fold", "epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy",
+    "val_macro_f1", "val_malignant_recall", "seconds", "films_per_second",
+]  # fmt: skip
+
+
+def fit_fold(settings, prepared, fold, folder, record):
+    """Train one fold, or go on with it.
+
+    Parameters
+    ----------
+    settings : Settings
+        The run's.
+    prepared : Prepared
+        From step 1.
+    fold : int
+        The fold that is the test set.
+    folder : Path
+        runs/<run>.
+    record : dict
+        settings.json, stored in the checkpoints too.
+
+    Returns
+    -------
+    model : MammogramNet
+        With the weights of the best epoch, in evaluation mode.
+    history : DataFrame
+        One row an epoch.
+    whole : bool
+        False if the user stopped it.
+    """
+    trainer = Trainer(settings, prepared, fold)
+    target = folder / f"fold-{fold}"
+    if settings.resume and (target / "last.pt").is_file():
+        trainer.restore(load_last(target))
+    stopped = False
+    try:
+        while not trainer.finished():
+            run_epoch(trainer, target, record)
+            write_history(folder)
+    except KeyboardInterrupt:
+        stopped = True
+        print(
+            f"\nstopped in epoch {trainer.epoch + 1}; the state of epoch {trainer.epoch} is saved"
+        )
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower():
+            raise
+        raise UserError(
+            f"the device ran out of memory; try --batch-size {max(settings.batch_size // 2, 1)}"
+        ) from None
+    if (target / "best.pt").is_file():
+        trainer.model.load_state_dict(common.read_checkpoint(target / "best.pt")["model"])
+    return trainer.model.eval(), pd.DataFrame(trainer.history, columns=HISTORY), not stopped
+
+
+def run_epoch(trainer, target, record):
+    """Train and validate once, print a row, and save the last and, if it is, the best state."""
+    start = time.perf_counter()
+    lr = trainer.optimizer.param_groups[0]["lr"]
+    count = len(trainer.training)
+    progress = common.Progress(count, f"fold {trainer.fold} epoch {trainer.epoch + 1}")
+    train_loss, train_accuracy = trainer.train_epoch(progress)
+    speed = count / (time.perf_counter() - start)
+    logits, labels, metrics = trainer.validate()
+    trainer.scheduler.step(metrics["val_loss"])
+    trainer.epoch += 1
+    row = {
+        "fold": trainer.fold,
+        "epoch": trainer.epoch,
+        "lr": lr,
+        "train_loss": train_loss,
+        "train_accuracy": train_accuracy,
+        **metrics,
+        "seconds": time.perf_counter() - start,
+        "films_per_second": speed,
+    }
+    trainer.history.append({name: float(value) for name, value in row.items()})
+    better = metrics["val_loss"] < trainer.best_loss
+    if better:
+        trainer.best_loss, trainer.best_epoch = metrics["val_loss"], trainer.epoch
+        images = trainer.validation.prepared.labels["image"].iloc[trainer.validation.rows]
+        best = {
+            "model": trainer.model.state_dict(), "epoch": trainer.epoch, "fold": trainer.fold,
+            "validation": {"images": list(images), "logits": logits, "labels": labels},
+            "temperature": network.fit_temperature(logits, labels), "record": record,
+        }  # fmt: skip
+        save_checkpoint(best, target / "best.pt")
+    save_checkpoint({**trainer.state(), "record": record}, target / "last.pt")
+    common.write_csv(pd.DataFrame(trainer.history, columns=HISTORY), target / "history.csv")
+    left = (trainer.settings.epochs - trainer.epoch) * row["seconds"]
+    progress.close(
+        f"fold {trainer.fold} epoch {trainer.epoch:2d}/{trainer.settings.epochs}  "
+        f"loss {train_loss:.3f}  val loss {metrics['val_loss']:.3f}  "
+        f"accuracy {metrics['val_accuracy']:.2f}  macro-F1 {metrics['val_macro_f1']:.2f}  "
+        f"malignant recall {metrics['val_malignant_recall']:.2f}  lr {lr:.0e}  "
+        f"{speed:.1f} films/s  {common.clock(left)} left{'  best' if better else ''}"
+    )
+
+
+def save_checkpoint(state, path):
+    """Save tensors and plain values, completely or not at all."""
+    with common.replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_last(target):
+    """Read last.pt of a fold, or name what is still good."""
+    try:
+        return common.read_checkpoint(target / "last.pt")
+    except UserError as error:
+        best = target / "best.pt"
+        offer = f" {best} is still there and can be evaluated." if best.is_file() else ""
+        raise UserError(f"{error}.{offer} To train this fold anew, delete {target}") from None
+
+
+def write_history(folder):
+    """Put the folds' histories together in history.csv."""
+    parts = sorted(folder.glob("fold-*/history.csv"))
+    common.write_csv(pd.concat([pd.read_csv(p) for p in parts]), folder / "history.csv")
+
+
+# %% A run: a new name, or an old one that fits; then fold after fold
+FREE_ON_RESUME = ("fold", "run", "resume", "overwrite", "epochs", "patience", "device", "precision")
+
+
+def newest_run():
+    """Return the folder of the run that was written to last."""
+    found = [p.parent for p in common.runs_dir().glob("*/settings.json")]
+    if not found:
+        raise UserError(f"there is no run in {common.runs_dir()}; python 04_train.py makes one")
+    return max(found, key=lambda folder: max(p.stat().st_mtime for p in folder.glob("*.*")))
+
+
+def open_run(settings, prepared):
+    """Find the folder of a new run, or check that an old one can be gone on with.
+
+    Returns
+    -------
+    settings : Settings
+        On resuming, what was left at its default takes the run's value.
+    folder : Path
+        runs/<run>.
+
+    Raises
+    ------
+    UserError
+        If the name is taken, or data, split or a setting differ from the run's.
+    """
+    if settings.run and not all(c.isalnum() or c in "-_. " for c in settings.run):
+        raise UserError(f"--run {settings.run!r}: letters, digits, blank, '-', '_' and '.' only")
+    described = describe_data(prepared)
+    if settings.resume:
+        folder = common.runs_dir(settings.run) if settings.run else newest_run()
+        record = common.read_json(folder / "settings.json")
+        changed = [
+            f"{name} {record['data'].get(name)} -> {value}"
+            for name, value in described.items()
+            if record["data"].get(name) != value
+        ]
+        for field in fields(Settings):
+            mine, old = getattr(settings, field.name), record.get(field.name, field.default)
+            if field.name not in FREE_ON_RESUME and mine not in (old, field.default):
+                changed.append(f"{field.name} {old} -> {mine}")
+            elif mine == field.default and field.name not in ("resume", "overwrite"):
+                settings = replace(settings, **{field.name: old})
+        if changed:
+            raise UserError(
+                f"the run {folder.name} cannot be resumed with other settings or data: "
+                f"{'; '.join(changed)}. Start a new run, or put them back"
+            )
+        return replace(settings, resume=True), folder
+    name = settings.run
+    if not name:
+        stem = f"{prepared.source}-{settings.recipe}"
+        taken = [int(p.name[-3:]) for p in common.runs_dir().glob(f"{stem}-[0-9][0-9][0-9]")]
+        name = f"{stem}-{max(taken, default=0) + 1:03d}"
+    folder = common.runs_dir(name)
+    if folder.exists() and any(folder.glob("*")) and not settings.overwrite:
+        raise UserError(f"the run {name} exists; choose another --run, --resume or --overwrite")
+    if folder.exists():
+        shutil.rmtree(folder)
+    return settings, folder
+
+
+def describe_data(prepared):
+    """Return what identifies the data and the split of a run."""
+    return {
+        "source": prepared.source,
+        "films": len(prepared.films),
+        "size": list(prepared.films.shape[1:]),
+        "pixels_and_labels": prepared.fingerprint,
+        "split": common.fingerprint(prepared.splits.to_csv(index=False)),
+        "folds": int(prepared.splits["fold"].max()) + 1,
+    }
+
+
+def train(settings):
+    """Train the folds that the settings name: the whole of this script in one call.
+
+    Returns
+    -------
+    model : MammogramNet
+        The last fold's, with the weights of its best epoch.
+    history : DataFrame
+        One row an epoch of every fold of the run.
+    folder : Path
+        runs/<run>.
+    """
+    if settings.epochs < 1 or settings.batch_size < 1 or settings.lr <= 0:
+        raise UserError("epochs and batch size must be at least 1, the rate above 0")
+    prepared = data.prepared_source(settings.source)
+    settings, folder = open_run(settings, prepared)
+    total = int(prepared.splits["fold"].max()) + 1
+    names = range(total) if settings.fold == "all" else settings.fold.split(",")
+    if not all(str(name).strip().isdigit() and int(name) < total for name in names):
+        raise UserError(f"--fold {settings.fold}: expected 0 to {total - 1}, or all")
+    with common.locked(folder):
+        spread = data.film_statistics(prepared.films).quantile([0.005, 0.995])
+        statistics = {name: list(spread[name]) for name in spread}
+        probe = Trainer(settings, prepared, int(list(names)[0]))
+        record = {
+            **asdict(settings), "run": folder.name, "weights_used": probe.weights_used,
+            "frozen_stages": probe.model.frozen, "precision_used": str(probe.dtype)[6:],
+            "device_used": str(probe.device), "class_names": list(CLASS_NAMES),
+            "source_used": prepared.source, "synthetic": prepared.source == "phantom",
+            "data": describe_data(prepared), "film_statistics": statistics,
+            "torch": str(torch.__version__), "disclaimer": common.DISCLAIMER,
+        }  # fmt: skip
+        common.write_json(record, folder / "settings.json")
+        trained = sum(p.numel() for p in probe.model.parameters() if p.requires_grad)
+        print(
+            f"run {folder.name}: {prepared.source}, {len(prepared.films)} films of "
+            f"{'x'.join(map(str, record['data']['size']))} px, recipe {settings.recipe}, weights "
+            f"{probe.weights_used}, {trained:,} parameters trained on {record['device_used']} in "
+            f"{record['precision_used']}"
+        )
+        for fold in map(int, names):
+            model, history, whole = fit_fold(settings, prepared, fold, folder, record)
+            if not whole:
+                break
+    history = pd.read_csv(folder / "history.csv") if (folder / "history.csv").is_file() else history
+    follow = f"python 05_evaluate.py --run {folder.name}"
+    again = f"python 04_train.py --resume --run {folder.name}"
+    print(f"run {folder.name}: {folder}\nNext: {follow if whole else again}")
+    return model, history, folder
+
+
+if __name__ == "__main__":
+    model, history, run_folder = train(settings)
+
+
+# %% Look: the curves of loss, accuracy, macro-F1 and malignant recall
+def plot_history(history, title):
+    """Draw a run's curves, one line a fold; the best epoch is marked.
+
+    Parameters
+    ----------
+    history : DataFrame
+        history.csv.
+    title : str
+        Of the figure.
+
+    Returns
+    -------
+    figure : matplotlib.figure.Figure
+        Three panels.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
+    panels = [
+        ("loss", "train_loss", "val_loss"),
+        ("accuracy", "train_accuracy", "val_accuracy"),
+        ("validation score", "val_macro_f1", "val_malignant_recall"),
+    ]
+    for axis, (label, first, second) in zip(axes, panels):
+        for _, part in history.groupby("fold"):
+            axis.plot(part["epoch"], part[first], color="#0072B2", lw=1.2, label=first)
+            axis.plot(part["epoch"], part[second], color="#D55E00", lw=1.2, label=second)
+            best = part.loc[part["val_loss"].idxmin()]
+            axis.plot(best["epoch"], best[second], "o", color="#D55E00", ms=5)
+        axis.set(xlabel="epoch", ylabel=label)
+        if label != "loss":
+            axis.set_ylim(-0.02, 1.02)
+        handles, names = axis.get_legend_handles_labels()
+        axis.legend(handles[:2], [name.replace("_", " ") for name in names[:2]], fontsize=8)
+    figure.suptitle(title)
+    return figure
+
+
+if __name__ == "__main__" and len(history):
+    figure = plot_history(history, f"{run_folder.name} (dots: epoch of the lowest validation loss)")
+    common.show(figure, run_folder / "figures" / "history.png")

@@ -1,0 +1,942 @@
+"""Step 5: judge a run on patients that its models never saw, or read a film of your own.
+
+In:  a run of step 4 and the films that step 1 prepared.
+Out: runs/<run>/predictions.csv, metrics.json, report.html and figures/.
+
+    python 05_evaluate.py                                     the newest run
+    python 05_evaluate.py --run mias-lesion-001 --recall 0.9  another one, another operating point
+    python 05_evaluate.py --compare RUN1 RUN2                 two runs side by side
+    python 05_evaluate.py --image film.png --laterality left  a film of yours
+"""
+
+# %% Imports: this script finds its own folder first, whatever the working directory is
+import base64
+import html
+import importlib
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, Tuple
+
+sys.path.insert(0, str(Path(globals().get("__file__", "cell")).resolve().parent))
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import (
+    accuracy_score,
+    classification_report,
+    f1_score,
+    roc_auc_score,
+    roc_curve,
+)
+from torch.nn import functional as F
+
+import common
+from common import BENIGN, CLASS_NAMES, MALIGNANT, NORMAL, UserError
+
+training = importlib.import_module("04_train")
+data, network, prepare = training.data, training.network, training.prepare
+
+
+# %% Settings: change a value and run the cells below again; each name is a command-line flag
+@dataclass
+class Settings:
+    """What to judge, and how."""
+
+    run: str = ""  # name under runs/; empty: the newest
+    recall: float = 0.95  # wanted malignant recall, for the operating point
+    resamples: int = 2000  # of patients, for the 95 % intervals
+    seed: int = 0  # of the resampling
+    compare: Tuple[str, ...] = ()  # two runs to put side by side
+    image: Tuple[str, ...] = ()  # films of your own to read, in place of judging the run
+    laterality: Literal["", "left", "right"] = ""  # of your films; empty: judged by the light
+    batch_size: int = 8  # films at a time
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the hardware has it
+
+
+PROBABILITIES = [f"p_{name}" for name in CLASS_NAMES]
+CLAIM = {"accuracy": 0.82, "malignant recall": 0.95, "macro F1": 0.81}  # seed project, no protocol
+
+if __name__ == "__main__":
+    settings = common.command_line(Settings, __doc__)
+
+
+# %% Load the run: the best checkpoint of every fold that was trained
+class Fold(NamedTuple):
+    """A fold's model with what its validation patients chose."""
+
+    number: int
+    model: network.MammogramNet
+    temperature: float  # divides the logits
+    validation: dict  # images, logits (n, 3) and labels (n,) of the best epoch
+    epoch: int
+
+
+def load_folds(folder, record, device="auto"):
+    """Load the best checkpoints of a run.
+
+    Parameters
+    ----------
+    folder : Path
+        runs/<run>.
+    record : dict
+        Its settings.json.
+    device : str
+        See the settings.
+
+    Returns
+    -------
+    folds : list of Fold
+        In order, in evaluation mode.
+    """
+    folds = []
+    for path in sorted(folder.glob("fold-*/best.pt")):
+        checkpoint = common.read_checkpoint(path)
+        model = network.MammogramNet(record["recipe"], record["dropout"])
+        try:
+            model.load_state_dict(checkpoint["model"])
+        except (RuntimeError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path} does not fit recipe {record['recipe']} ({reason})") from None
+        model = model.to(common.choose_device(device), memory_format=torch.channels_last).eval()
+        folds.append(Fold(checkpoint["fold"], model, checkpoint["temperature"],
+                          checkpoint["validation"], checkpoint["epoch"]))  # fmt: skip
+    if not folds:
+        raise UserError(f"{folder} has no fold-K/best.pt yet; python 04_train.py --resume makes it")
+    return folds
+
+
+def open_run(name):
+    """Return the folder and the settings.json of a run, the newest by default."""
+    folder = common.runs_dir(name) if name else training.newest_run()
+    if not (folder / "settings.json").is_file():
+        found = sorted(p.parent.name for p in common.runs_dir().glob("*/settings.json"))
+        raise UserError(
+            f"no run {name!r} in {common.runs_dir()}; there are: {common.listing(found)}"
+        )
+    return folder, common.read_json(folder / "settings.json")
+
+
+if __name__ == "__main__":
+    if settings.compare or settings.image:
+        folder = None
+    else:
+        folder, record = open_run(settings.run)
+        folds = load_folds(folder, record, settings.device)
+        prepared = data.prepared_source(record["source_used"])
+        common.table(
+            pd.DataFrame(
+                [
+                    {
+                        "fold": f.number,
+                        "best epoch": f.epoch,
+                        "temperature": f.temperature,
+                        "validation films": len(f.validation["labels"]),
+                    }
+                    for f in folds
+                ]
+            ),
+            f"run {folder.name}, {record['source_used']}, weights: {record['weights_used']}",
+        )
+
+
+# %% Predict: every film by the model that never saw its patient, and where that model looked
+def predict_run(folds, prepared, record, settings):
+    """Predict the test films of every fold.
+
+    Returns
+    -------
+    predictions : DataFrame
+        image, patient, fold, label, p_benign, p_normal, p_malignant (calibrated), predicted.
+    reading : Reading
+        In the same order.
+    """
+    labels = prepared.labels["label"].to_numpy()
+    if record["shuffle_labels"]:
+        labels = training.shuffled_labels(prepared.labels, record["seed"])
+    changed = training.describe_data(prepared) != record["data"]
+    if changed:
+        raise UserError(
+            f"{prepared.folder} holds other films, labels or folds than the run was trained on; "
+            "prepare them as they were (step 1), or train again"
+        )
+    tables, readings = [], []
+    dtype = common.choose_precision(settings.precision, common.choose_device(settings.device))
+    rows = {f.number: np.flatnonzero(prepared.splits["fold"] == f.number) for f in folds}
+    progress = common.Progress(sum(map(len, rows.values())), "predicting")
+    for fold in folds:
+        test = data.MammogramDataset(prepared, rows[fold.number], labels)
+        reading = network.read_films(fold.model, test, settings.batch_size, dtype, progress)
+        probabilities = network.softmax(reading.logits, fold.temperature)
+        table = prepared.splits.iloc[test.rows][["image", "patient", "fold"]].copy()
+        table["label"] = labels[test.rows]
+        table[PROBABILITIES] = probabilities
+        table["predicted"] = probabilities.argmax(1)
+        tables.append(table)
+        readings.append(reading)
+    progress.close()
+    reading = network.Reading(*(np.concatenate(column) for column in zip(*readings)))
+    return pd.concat(tables, ignore_index=True), reading
+
+
+if __name__ == "__main__" and folder:
+    predictions, reading = predict_run(folds, prepared, record, settings)
+    common.write_csv(predictions.round(6), folder / "predictions.csv")
+    common.table(predictions.head(6).round(3), f"the first of n = {len(predictions)} predictions")
+
+
+# %% Operating point: a threshold that validation patients choose, applied to test patients
+def choose_threshold(scores, positive, recall):
+    """Return the highest threshold at which the wanted share of positives lies at or above it.
+
+    Parameters
+    ----------
+    scores : ndarray of float, shape (n,)
+        p_malignant of validation films.
+    positive : ndarray of bool, shape (n,)
+        Which are malignant.
+    recall : float
+        0 to 1.
+
+    Returns
+    -------
+    threshold : float
+        0 (recall every film) if no film is positive.
+    """
+    ranked = np.sort(scores[positive])[::-1]
+    needed = math.ceil(recall * len(ranked) - 1e-9)
+    return float(ranked[max(needed, 1) - 1]) if len(ranked) else 0.0
+
+
+def operating_points(folds, recall):
+    """Return a row per fold: its threshold and the malignant validation films that chose it."""
+    rows = []
+    for fold in folds:
+        scores = network.softmax(fold.validation["logits"], fold.temperature)[:, MALIGNANT]
+        positive = fold.validation["labels"].numpy() == MALIGNANT
+        threshold = choose_threshold(scores, positive, recall)
+        rows.append((fold.number, threshold, int(positive.sum()), len(positive)))
+    return pd.DataFrame(rows, columns=["fold", "threshold", "malignant", "films"])
+
+
+def wilson(hits, n):
+    """Return the 95 % interval of a share (Wilson, JASA 1927)."""
+    if n == 0:
+        return math.nan, math.nan
+    z, share = 1.959964, hits / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+if __name__ == "__main__" and folder:
+    thresholds = operating_points(folds, settings.recall)
+    recalled = (
+        predictions["p_malignant"].to_numpy()
+        >= predictions["fold"].map(thresholds.set_index("fold")["threshold"]).to_numpy()
+    )
+    common.table(thresholds.round(4), f"thresholds for a malignant recall of {settings.recall}")
+    fewest = int(thresholds["malignant"].min())
+    if fewest * (1 - settings.recall) < 1:
+        low = wilson(fewest, fewest)[0]
+        print(f"With {fewest} malignant validation films a recall of {settings.recall} cannot be")
+        print(f"promised: even {fewest} of {fewest} found leaves it between {low:.2f} and 1.")
+
+
+# %% Metrics: pooled over the folds, with intervals from resampling patients
+def patient_weights(patients, folds, resamples, seed):
+    """Return how often each film counts, by resample and by fold.
+
+    Parameters
+    ----------
+    patients, folds : ndarray, shape (n,)
+        Of every film.
+    resamples : int
+        How many times as many patients as there are are drawn with replacement.
+    seed : int
+        Of the drawing.
+
+    Returns
+    -------
+    weights : ndarray of float32, shape (1 + resamples + n_folds, n)
+        First all films once, then the resamples, then each fold alone.
+    """
+    names, index = np.unique(np.asarray(patients), return_inverse=True)
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
+    alone = [np.asarray(folds) == fold for fold in np.unique(folds)]
+    return np.vstack([np.ones((1, len(index))), drawn[:, index], *alone]).astype(np.float32)
+
+
+def weighted_auc(scores, positive, negative, weights):
+    """Return the ROC AUC for every row of weights: the share of pairs in the right order."""
+    above = scores[positive][:, None] - scores[negative][None, :]
+    right = (np.sign(above) + 1) / 2  # a tie counts half
+    w_positive, w_negative = weights[:, positive], weights[:, negative]
+    pairs = w_positive.sum(1) * w_negative.sum(1)
+    return np.divide(((w_positive @ right.astype(np.float32)) * w_negative).sum(1), pairs,
+                     out=np.full(len(weights), np.nan), where=pairs > 0)  # fmt: skip
+
+
+def weighted_precision(scores, positive, weights):
+    """Return the average precision for every row of weights (ties in the order of the films)."""
+    order = np.argsort(-scores, kind="stable")
+    w, hit = weights[:, order], positive[order]
+    found, seen = np.cumsum(w * hit, axis=1), np.cumsum(w, axis=1)
+    precision = found / np.maximum(seen, 1e-9)
+    return (precision * w * hit).sum(1) / np.maximum(found[:, -1], 1e-9)
+
+
+def measure(predictions, recalled, weights):
+    """Compute every metric for every row of weights.
+
+    Parameters
+    ----------
+    predictions : DataFrame
+        As `predict_run` gives it.
+    recalled : ndarray of bool, shape (n,)
+        Films at or above the threshold of their fold.
+    weights : ndarray, shape (rows, n)
+        As `patient_weights` gives it.
+
+    Returns
+    -------
+    values : DataFrame
+        A row per row of weights, a column per metric.
+    """
+    label = predictions["label"].to_numpy()
+    p = predictions[PROBABILITIES].to_numpy()
+    cell = np.eye(9, dtype=np.float32)[3 * label + predictions["predicted"].to_numpy()]
+    counts = (weights @ cell).reshape(-1, 3, 3)  # (rows, true, predicted)
+    hits = np.diagonal(counts, axis1=1, axis2=2)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        recall, precision = hits / counts.sum(2), hits / counts.sum(1)
+        f1 = np.nan_to_num(2 * hits / (counts.sum(1) + counts.sum(2)))
+        values = {"accuracy": hits.sum(1) / counts.sum((1, 2)),
+                  "balanced accuracy": np.nanmean(recall, 1), "macro F1": f1.mean(1)}  # fmt: skip
+        for code, name in enumerate(CLASS_NAMES):
+            values[f"{name} recall"] = recall[:, code]
+            values[f"{name} precision"] = np.nan_to_num(precision[:, code])
+        one, rest = label == MALIGNANT, label != MALIGNANT
+        values["AUC malignant"] = weighted_auc(p[:, MALIGNANT], one, rest, weights)
+        abnormal, normal = label != NORMAL, label == NORMAL
+        values["AUC abnormal"] = weighted_auc(1 - p[:, NORMAL], abnormal, normal, weights)
+        ratio = p[:, MALIGNANT] / (p[:, MALIGNANT] + p[:, BENIGN])
+        values["AUC benign/malignant"] = weighted_auc(ratio, one, label == BENIGN, weights)
+        each = [weighted_auc(p[:, c], label == c, label != c, weights) for c in range(3)]
+        values["AUC macro"] = np.mean(each, axis=0)
+        values["average precision malignant"] = weighted_precision(p[:, MALIGNANT], one, weights)
+        tp, fn = (weights[:, one & recalled].sum(1), weights[:, one & ~recalled].sum(1))
+        fp, tn = (weights[:, rest & recalled].sum(1), weights[:, rest & ~recalled].sum(1))
+        values["recall at the point"] = tp / (tp + fn)
+        values["specificity at the point"] = tn / (tn + fp)
+        values["PPV at the point"] = tp / (tp + fp)
+        values["NPV at the point"] = tn / (tn + fn)
+        values["films recalled per cancer found"] = np.where(tp > 0, (tp + fp) / tp, np.nan)
+    return pd.DataFrame(values)
+
+
+def summarise(values, resamples):
+    """Return value, low, high (95 %), fold mean and fold standard deviation of every metric."""
+    drawn, alone = values.iloc[1 : 1 + resamples], values.iloc[1 + resamples :]
+    low, high = drawn.quantile(0.025), drawn.quantile(0.975)
+    spread = alone.std() if len(alone) > 1 else np.nan
+    return pd.DataFrame({"value": values.iloc[0], "low": low, "high": high,
+                         "fold mean": alone.mean(), "fold sd": spread})  # fmt: skip
+
+
+if __name__ == "__main__" and folder:
+    weights = patient_weights(
+        predictions["patient"], predictions["fold"], settings.resamples, settings.seed
+    )
+    metrics = summarise(measure(predictions, recalled, weights), settings.resamples)
+    n_folds, n_patients = len(folds), predictions["patient"].nunique()
+    scope = (
+        f"{'SYNTHETIC PHANTOMS, ' if record['synthetic'] else ''}n = {len(predictions)} films of "
+        f"{n_patients} patients, {n_folds} of {record['data']['folds']} folds, seed "
+        f"{record['seed']}, weights: {record['weights_used']}"
+    )
+    common.table(metrics.round(3), f"test metrics, 95 % intervals over patients; {scope}")
+    if n_folds < record["data"]["folds"]:
+        print("Not all folds are trained: a figure for the whole database needs --fold all.")
+
+
+# %% Check by hand: accuracy, macro-F1 and AUC once more, with scikit-learn
+if __name__ == "__main__" and folder:
+    label, predicted = predictions["label"], predictions["predicted"]
+    f1_by_hand = [
+        2
+        * ((label == c) & (predicted == c)).sum()
+        / max(((label == c).sum() + (predicted == c).sum()), 1)
+        for c in range(3)
+    ]
+    assert math.isclose((label == predicted).mean(), accuracy_score(label, predicted))
+    assert math.isclose(
+        np.mean(f1_by_hand),
+        f1_score(label, predicted, average="macro", labels=range(3), zero_division=0),
+    )
+    assert math.isclose(
+        metrics.loc["accuracy", "value"], accuracy_score(label, predicted), abs_tol=1e-6
+    )
+    assert math.isclose(metrics.loc["macro F1", "value"], np.mean(f1_by_hand), abs_tol=1e-6)
+    sklearn_auc = roc_auc_score(label == MALIGNANT, predictions["p_malignant"])
+    assert math.isclose(metrics.loc["AUC malignant", "value"], sklearn_auc, abs_tol=1e-6)
+    report = pd.DataFrame(
+        classification_report(
+            label,
+            predicted,
+            labels=range(3),
+            target_names=CLASS_NAMES,
+            output_dict=True,
+            zero_division=0,
+        )
+    ).T
+    common.table(report.round(3), f"classification report; {scope}")
+
+
+# %% Look: the curves of the training, and the confusion matrix
+def plot_confusion(predictions, scope):
+    """Draw the confusion matrix, counts with row percentages."""
+    counts = pd.crosstab(predictions["label"], predictions["predicted"])
+    counts = counts.reindex(index=range(3), columns=range(3), fill_value=0)
+    share = counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
+    text = counts.astype(str) + "\n" + (100 * share).round(0).astype(int).astype(str) + " %"
+    figure, axis = plt.subplots(figsize=(5.4, 4.4), layout="constrained")
+    sns.heatmap(share, annot=text, fmt="", cmap="Blues", vmin=0, vmax=1, ax=axis, square=True,
+                xticklabels=CLASS_NAMES, yticklabels=CLASS_NAMES,
+                cbar_kws={"label": "share of the true class"})  # fmt: skip
+    axis.set(xlabel="predicted", ylabel="true")
+    axis.set_title(scope, fontsize=8)
+    return figure
+
+
+if __name__ == "__main__" and folder:
+    history = pd.read_csv(folder / "history.csv")
+    note = " - SYNTHETIC PHANTOMS" if record["synthetic"] else ""
+    figure = training.plot_history(history, f"{folder.name}: dots mark the epochs kept{note}")
+    common.show(figure, folder / "figures" / "history.png")
+    figure = plot_confusion(predictions, scope.replace(", seed", ",\nseed"))
+    common.show(figure, folder / "figures" / "confusion.png")
+
+
+# %% Look: beside the seed project's claim and beside always answering "normal"
+def beside_the_claim(metrics, predictions):
+    """Return accuracy, malignant recall and macro-F1 beside the claim and the trivial answer."""
+    label = predictions["label"]
+    trivial = pd.Series(NORMAL, label.index)
+    always = {"accuracy": accuracy_score(label, trivial), "malignant recall": 0.0,
+              "macro F1": f1_score(label, trivial, average="macro", labels=range(3),
+                                   zero_division=0)}  # fmt: skip
+    rows = metrics.loc[list(CLAIM), ["value", "low", "high"]]
+    return rows.assign(**{"always normal": pd.Series(always), "claim": pd.Series(CLAIM)})
+
+
+if __name__ == "__main__" and folder:
+    claim = beside_the_claim(metrics, predictions)
+    common.table(claim.round(3), f"the claim has no published protocol; {scope}")
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    places = np.arange(len(claim))
+    errors = [claim["value"] - claim["low"], claim["high"] - claim["value"]]
+    axis.bar(places, claim["value"], 0.5, yerr=errors, capsize=4, color="#0072B2", label="this run")
+    axis.plot(places, claim["claim"], "D", color="#D55E00", label="claim, protocol unpublished")
+    axis.plot(places, claim["always normal"], "_", color="black", ms=28, label="always normal")
+    axis.set(xticks=places, xticklabels=claim.index, ylim=(0, 1.02), ylabel="test value")
+    axis.set_title(scope.replace(", seed", ",\nseed"), fontsize=8)
+    axis.legend(fontsize=8)
+    common.show(figure, folder / "figures" / "claim.png")
+
+
+# %% Look: the ROC curves, with the operating point on the one for malignant
+def plot_roc(predictions, metrics, recall, scope):
+    """Draw the ROC curves for malignant and abnormal, with chance and the operating point."""
+    label = predictions["label"]
+    curves = {"malignant": (label == MALIGNANT, predictions["p_malignant"]),
+              "abnormal": (label != NORMAL, 1 - predictions["p_normal"])}  # fmt: skip
+    figure, axis = plt.subplots(figsize=(5.4, 4.6), layout="constrained")
+    for (name, (positive, score)), colour in zip(curves.items(), ("#D55E00", "#0072B2")):
+        if 0 < positive.sum() < len(positive):
+            fpr, tpr, _ = roc_curve(positive, score)
+            value, low, high = metrics.loc[f"AUC {name}", ["value", "low", "high"]]
+            text = f"{name}: AUC {value:.2f} ({low:.2f} to {high:.2f})"
+            axis.plot(fpr, tpr, color=colour, label=text)
+    point = metrics.loc[["specificity at the point", "recall at the point"], "value"]
+    axis.plot(1 - point.iloc[0], point.iloc[1], "o", color="black",
+              label=f"threshold from validation, wanted recall {recall}")  # fmt: skip
+    axis.plot([0, 1], [0, 1], "--", color="#999999", label="chance")
+    axis.set(xlabel="1 - specificity", ylabel="sensitivity (recall)", aspect="equal")
+    axis.set_title(scope.replace(", seed", ",\nseed"), fontsize=8)
+    axis.legend(fontsize=8, loc="lower right")
+    return figure
+
+
+if __name__ == "__main__" and folder:
+    figure = plot_roc(predictions, metrics, settings.recall, scope)
+    common.show(figure, folder / "figures" / "roc.png")
+
+
+# %% Calibration: do probabilities mean what they say, before and after the temperature
+def calibration_errors(probabilities, labels, bins=10):
+    """Return the multi-class Brier score and the expected calibration error.
+
+    Parameters
+    ----------
+    probabilities : ndarray, shape (n, 3)
+        Predicted.
+    labels : ndarray of int, shape (n,)
+        True.
+    bins : int
+        Equal steps of the highest probability (Guo et al., ICML 2017).
+
+    Returns
+    -------
+    brier : float
+        0 (perfect) to 2; 0.667 for always a third each.
+    ece : float
+        0 to 1, mean distance of confidence and accuracy.
+    """
+    brier = float(((probabilities - np.eye(3)[labels]) ** 2).sum(1).mean())
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    part = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [abs((confidence - right)[part == b].sum()) for b in range(bins)]
+    return brier, float(sum(gaps) / len(labels))
+
+
+if __name__ == "__main__" and folder:
+    labels = predictions["label"].to_numpy()
+    versions = {
+        "before": network.softmax(reading.logits),
+        "after": predictions[PROBABILITIES].to_numpy(),
+    }
+    errors = {name: calibration_errors(p, labels) for name, p in versions.items()}
+    calibration = pd.DataFrame(errors, index=["Brier score", "ECE"])
+    common.table(calibration.round(3), f"calibration before and after the temperature; {scope}")
+    figure, axis = plt.subplots(figsize=(4.8, 4.4), layout="constrained")
+    for (name, p), colour in zip(versions.items(), ("#999999", "#0072B2")):
+        true, said = calibration_curve(p.argmax(1) == labels, p.max(1), n_bins=10)
+        brier, ece = errors[name]
+        text = f"{name}: Brier {brier:.2f}, ECE {ece:.2f}"
+        axis.plot(said, true, "o-", color=colour, label=text)
+    axis.plot([0, 1], [0, 1], "--", color="black", lw=1, label="perfect")
+    axis.set(xlabel="highest probability", ylabel="share of right answers", xlim=(0.3, 1))
+    axis.set_title(f"Reliability, n = {len(labels)}{note}", fontsize=9)
+    axis.legend(fontsize=8)
+    common.show(figure, folder / "figures" / "calibration.png")
+
+
+# %% By group: which findings, tissues and sizes are found, and which are missed
+def by_group(predictions, prepared):
+    """Return the recall by finding type, tissue and lesion radius, with Wilson intervals.
+
+    Returns
+    -------
+    groups : DataFrame
+        group, value, n, called abnormal, right class, low, high (of "called abnormal").
+    """
+    films = predictions.merge(prepared.labels[["image", "tissue"]], on="image")
+    films = films[films["label"] != NORMAL]
+    findings = prepared.findings.merge(films[["image", "label", "predicted"]], on="image")
+    size = pd.cut(findings["radius"], [0, 25, 50, 100, np.inf],
+                  labels=["to 25 px", "26 to 50 px", "51 to 100 px", "over 100 px"])  # fmt: skip
+    keys = [("finding", findings, findings["type"]), ("tissue", films, films["tissue"]),
+            ("radius", findings, size)]  # fmt: skip
+    rows = []
+    for group, frame, key in keys:
+        for value, part in frame.groupby(key, observed=True):
+            found = int((part["predicted"] != NORMAL).sum())
+            right = float((part["predicted"] == part["label"]).mean())
+            rows.append((group, value, len(part), found / len(part), right,
+                         *wilson(found, len(part))))  # fmt: skip
+    columns = ["group", "value", "n", "called abnormal", "right class", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+if __name__ == "__main__" and folder:
+    groups = by_group(predictions, prepared)
+    common.table(groups.round(2), f"abnormal films and findings, by group; {scope}")
+    if len(groups):
+        figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        names = [f"{g.group} {g.value} (n = {g.n})" for g in groups.itertuples()][::-1]
+        shares = groups["called abnormal"].to_numpy()[::-1]
+        spread = np.abs(groups[["low", "high"]].to_numpy()[::-1].T - shares)
+        colours = dict(zip(("finding", "tissue", "radius"), ("#0072B2", "#009E73", "#CC79A7")))
+        axis.barh(names, shares, xerr=spread, capsize=3, color=groups["group"][::-1].map(colours))
+        false_alarms = (predictions["predicted"] != NORMAL)[predictions["label"] == NORMAL].mean()
+        axis.axvline(false_alarms, color="black", ls="--", label="of normal films")
+        axis.set(xlabel="share called abnormal", xlim=(0, 1))
+        axis.set_title(f"Found by group, 95 % Wilson intervals{note}", fontsize=9)
+        axis.legend(fontsize=8, loc="lower right")
+        common.show(figure, folder / "figures" / "groups.png")
+
+
+# %% Where it looks: Grad-CAM and the map of places, scored by the pointing game
+def peaks(maps, size):
+    """Return the canvas pixels (x, y) where maps (n, h, w) are highest, shape (n, 2)."""
+    h, w = maps.shape[1:]
+    y, x = np.divmod(maps.reshape(len(maps), -1).argmax(1), w)
+    return np.stack([(x + 0.5) * size[1] / w - 0.5, (y + 0.5) * size[0] / h - 0.5], 1)
+
+
+def pointing_game(predictions, reading, prepared):
+    """Score whether the highest place of a map lies in the radiologists' circle.
+
+    After Zhang et al., Top-down Neural Attention by Excitation Backprop, ECCV 2016. Hits within
+    half a place of the last stage (16 px of the canvas) beyond the circle count: a place is no
+    sharper than that.
+
+    Returns
+    -------
+    points : DataFrame
+        A row per usable circle: image, type, cam, places (hit or not), chance (share of the
+        breast's pixels that would be a hit).
+    """
+    tolerance, size = 16, prepared.films.shape[1:]
+    found = {"cam": peaks(reading.cams, size), "places": peaks(reading.evidence, size)}
+    number = {image: n for n, image in enumerate(prepared.labels["image"])}
+    place = {image: n for n, image in enumerate(predictions["image"])}
+    ys, xs = np.mgrid[: size[0], : size[1]]
+    rows = []
+    usable = prepared.findings.dropna(subset=["canvas_radius"])
+    for c in usable[usable["image"].isin(place)].itertuples():
+        reach, n = c.canvas_radius + tolerance, place[c.image]
+        hits = [bool(np.hypot(*(p[n] - (c.canvas_x, c.canvas_y))) <= reach) for p in found.values()]
+        near = np.hypot(xs - c.canvas_x, ys - c.canvas_y) <= reach
+        breast = prepared.films[number[c.image]] > 0
+        rows.append((c.image, c.type, *hits, float(near[breast].mean())))
+    return pd.DataFrame(rows, columns=["image", "type", "cam", "places", "chance"])
+
+
+def draw_film(axis, image, film, overlay, prepared):
+    """Draw a film with a map over its breast and the radiologists' circles, in film pixels.
+
+    Parameters
+    ----------
+    axis : matplotlib Axes
+        Where to draw.
+    image : str
+        Name of the film in `prepared`.
+    film : ndarray of uint8 or None
+        The original; None draws the canvas carried back.
+    overlay : ndarray of float, shape (h, w)
+        Over the canvas.
+    prepared : Prepared
+        The geometry and the circles.
+    """
+    row = prepared.table[prepared.table["image"] == image].iloc[0]
+    g = prepare.Geometry(*row[list(prepare.Geometry._fields)])
+    if film is None:
+        film = canvas_on_film(prepared.films[row.name], g, prepared.films.shape[1:])
+    axis.imshow(film, cmap="gray", vmin=0, vmax=255)
+    heat = canvas_on_film(overlay, g, prepared.films.shape[1:])
+    axis.imshow(heat, cmap="inferno", alpha=np.clip(heat / max(heat.max(), 1e-9), 0, 1) * 0.6)
+    for c in prepared.findings[prepared.findings["image"] == image].dropna().itertuples():
+        axis.add_patch(plt.Circle((c.x, c.y), c.radius, fill=False, color="#56B4E9", lw=1.2))
+    axis.set(xticks=[], yticks=[])
+
+
+def canvas_on_film(values, g, size):
+    """Carry an array over the canvas (h, w) back to the film, (film_height, film_width)."""
+    tensor = torch.as_tensor(np.asarray(values, np.float32))[None, None]
+    sides = [max(round(side / g.scale), 1) for side in size]
+    crop = F.interpolate(tensor, sides, mode="bilinear", align_corners=False)[0, 0]
+    crop = crop[: g.crop_height, : g.crop_width].numpy()
+    crop = np.pad(crop, [(0, g.crop_height - crop.shape[0]), (0, g.crop_width - crop.shape[1])])
+    film = np.zeros((g.film_height, g.film_width), np.float32)
+    box = np.s_[g.crop_top : g.crop_top + g.crop_height, g.crop_left : g.crop_left + g.crop_width]
+    film[box] = crop[:, ::-1] if g.mirrored else crop
+    return film
+
+
+if __name__ == "__main__" and folder:
+    points = pointing_game(predictions, reading, prepared)
+    pointing = pd.DataFrame()
+    if len(points):
+        shares = points[["cam", "places"]].mean()
+        bounds = [wilson(int(points[c].sum()), len(points)) for c in ("cam", "places")]
+        pointing = pd.DataFrame(
+            {"hits": shares, "low": [b[0] for b in bounds], "high": [b[1] for b in bounds]}
+        )
+        pointing["chance"] = points["chance"].mean()
+        common.table(pointing.round(3), f"pointing game over {len(points)} usable circles")
+
+
+# %% Look: the surest hits, the worst misses and the false alarms
+if __name__ == "__main__" and folder:
+    malignant = predictions[predictions["label"] == MALIGNANT].sort_values("p_malignant")
+    normal = predictions[predictions["label"] == NORMAL].sort_values("p_malignant")
+    sheet = {
+        "surest hits": malignant.iloc[::-1][:5],
+        "worst misses": malignant[:5],
+        "false alarms": normal.iloc[::-1][:5],
+    }
+    figure, axes = plt.subplots(3, 5, figsize=(9, 6.6), layout="constrained")
+    for (title, part), line in zip(sheet.items(), axes):
+        line[0].set_ylabel(title)
+        for axis in line:
+            axis.set(xticks=[], yticks=[])
+        for axis, n in zip(line, part.index):
+            row = predictions.loc[n]
+            draw_film(axis, row["image"], None, reading.cams[n], prepared)
+            axis.set_title(f"{row['image']}  p = {row['p_malignant']:.2f}", fontsize=8)
+    figure.suptitle(f"Grad-CAM, p of malignant, blue: the radiologists' circles{note}", fontsize=10)
+    common.show(figure, folder / "figures" / "gradcam.png")
+
+
+# %% Your own film: put its path between the quotes and run this cell
+def read_own_films(paths, folder, record, settings):
+    """Read films that are in no database: probabilities, decision, and where the models looked.
+
+    Parameters
+    ----------
+    paths : sequence of str or Path
+        PGM, PNG, JPEG or TIFF, 8 or 16 bit, any size; ``.dcm`` where pydicom is installed.
+    folder : Path
+        runs/<run>; the probabilities are the mean over its folds' models.
+    record : dict
+        Its settings.json.
+    settings : Settings
+        laterality and recall count.
+
+    Returns
+    -------
+    own : DataFrame
+        image, p_benign, p_normal, p_malignant (calibrated), predicted, threshold, recalled, note.
+    figures : list of Figure
+        One a film: the film, and Grad-CAM over it.
+    """
+    folds = load_folds(folder, record, settings.device)
+    threshold = operating_points(folds, settings.recall)["threshold"].mean()
+    size = tuple(record["data"]["size"])
+    rows, figures = [], []
+    for path in map(Path, paths):
+        film = common.read_film(path)
+        try:
+            canvas, g, _ = prepare.place_film(film, settings.laterality, size)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}; is it a mammogram of one breast?") from None
+        odd = unlike(canvas, record["film_statistics"])
+        dataset = data.MammogramDataset.of_canvases(canvas[None])
+        progress = common.Progress(len(folds), f"reading {path.name}")
+        readings = [network.read_films(f.model, dataset, 1, torch.float32, progress) for f in folds]
+        progress.close()
+        each = [network.softmax(r.logits, f.temperature)[0] for r, f in zip(readings, folds)]
+        p = np.mean(each, axis=0)
+        note = f"unlike the training films: {odd}" if odd else ""
+        rows.append(
+            (
+                str(path),
+                *p,
+                CLASS_NAMES[p.argmax()],
+                threshold,
+                bool(p[MALIGNANT] >= threshold),
+                note,
+            )
+        )
+        if odd:
+            common.warn(f"{path.name} is {note}; the models were never tried on such films")
+        figure, axes = plt.subplots(1, 2, figsize=(7, 4.2), layout="constrained")
+        heat = canvas_on_film(np.mean([r.cams[0] for r in readings], axis=0), g, size)
+        for axis in axes:
+            axis.imshow(film, cmap="gray", vmin=0, vmax=255)
+            axis.set(xticks=[], yticks=[])
+        axes[1].imshow(
+            heat, cmap="inferno", alpha=np.clip(heat / max(heat.max(), 1e-9), 0, 1) * 0.6
+        )
+        axes[0].set_title(path.name, fontsize=9)
+        axes[1].set_title(", ".join(f"{c} {v:.2f}" for c, v in zip(CLASS_NAMES, p)), fontsize=9)
+        figure.suptitle(common.DISCLAIMER, fontsize=8)
+        figures.append(figure)
+    columns = ["image", *PROBABILITIES, "predicted", "threshold", "recalled", "note"]
+    return pd.DataFrame(rows, columns=columns), figures
+
+
+def unlike(canvas, statistics):
+    """Name the measures of a film that lie outside the range of 99 % of the training films.
+
+    The measures are those of `film_statistics` in step 2: the share of the canvas that the
+    breast covers, and the mean and the standard deviation of its grey values.
+    """
+    own = data.film_statistics(canvas[None]).iloc[0]
+    return ", ".join(
+        f"{name} {own[name]:.2f} (theirs {low:.2f} to {high:.2f})"
+        for name, (low, high) in statistics.items()
+        if not low <= own[name] <= high
+    )
+
+
+if __name__ == "__main__":
+    own_film = ""  # the path of your film
+    if settings.image or own_film:
+        own_folder, own_record = open_run(settings.run)
+        own, figures = read_own_films(
+            settings.image or (own_film,), own_folder, own_record, settings
+        )
+        for path, figure in zip(own["image"], figures):
+            common.show(figure, own_folder / "own-films" / f"{Path(path).stem}.png")
+        common.write_csv(own, own_folder / "own-films" / "predictions.csv")
+        common.table(own.round(3).T, f"read by run {own_folder.name}. {common.DISCLAIMER}")
+        if own_record["synthetic"]:
+            common.banner("THIS RUN WAS TRAINED ON SYNTHETIC PHANTOMS: its reading means nothing.")
+
+
+# %% Compare two runs: name them in settings.compare
+def compare_runs(names, resamples, seed):
+    """Put two evaluated runs side by side, film by film.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Two runs with a predictions.csv.
+    resamples, seed : int
+        Of the paired bootstrap over patients.
+
+    Returns
+    -------
+    comparison : DataFrame
+        A row per metric: both values, their difference and its 95 % interval.
+    discordant : tuple
+        Films that only the first and only the second got right, and McNemar's exact p value.
+    """
+    if len(names) != 2:
+        raise UserError(f"--compare takes two runs, found {len(names)}")
+    tables = []
+    for name in names:
+        path = common.runs_dir(name) / "predictions.csv"
+        if not path.is_file():
+            raise UserError(f"{path} is not there; python 05_evaluate.py --run {name} makes it")
+        tables.append(pd.read_csv(path, dtype={"patient": str}).set_index("image"))
+    both = tables[0].index.intersection(tables[1].index)
+    if not len(both) or not (tables[0].loc[both, "label"] == tables[1].loc[both, "label"]).all():
+        raise UserError("the two runs have no test films in common, or other labels for them")
+    tables = [table.loc[both].reset_index() for table in tables]
+    weights = patient_weights(tables[0]["patient"], np.zeros(len(both)), resamples, seed)
+    none = np.zeros(len(both), bool)
+    first, second = (measure(table, none, weights) for table in tables)
+    kept = [name for name in first if "point" not in name and "per cancer" not in name]
+    difference = (second - first)[kept]
+    drawn = difference.iloc[1 : 1 + resamples]
+    comparison = pd.DataFrame(
+        {
+            names[0]: first[kept].iloc[0],
+            names[1]: second[kept].iloc[0],
+            "difference": difference.iloc[0],
+            "low": drawn.quantile(0.025),
+            "high": drawn.quantile(0.975),
+        }
+    )
+    right = [(table["label"] == table["predicted"]).to_numpy() for table in tables]
+    only = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
+    return comparison, (*only, mcnemar(*only))
+
+
+def mcnemar(b, c):
+    """Return the exact two-sided p value of b against c discordant films (McNemar 1947)."""
+    tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1)) / 2 ** (b + c)
+    return min(1.0, 2 * tail)
+
+
+if __name__ == "__main__" and settings.compare:
+    comparison, discordant = compare_runs(settings.compare, settings.resamples, settings.seed)
+    common.table(comparison.round(3), "paired over patients, 95 % intervals of the difference")
+    print(
+        f"right only in the first {discordant[0]}, only in the second {discordant[1]} films; "
+        f"McNemar p = {discordant[2]:.3f}"
+    )
+
+
+# %% Report: metrics.json and one HTML file with everything in it
+MODEL_CARD = """
+<p>{disclaimer}</p>
+<ul><li>Data: {source}. {scope}</li>
+<li>Protocol: patients, never films, are split; validation patients choose the epoch, the rates,
+the temperature and the threshold; every test film is read once, by the model of its fold, which
+never saw its patient; intervals are 95 % percentiles over resampled patients.</li>
+<li>Model: ResNet18, recipe {recipe}, weights: {weights}.</li>
+<li>Intended use: teaching and research on method. Not for decisions about people.</li>
+<li>Limits: one small database of digitised film from the 1990s; labels of films, not of biopsies;
+few malignant films, hence wide intervals; no other hospital or scanner was tried.</li></ul>"""
+
+
+def metrics_json(metrics, predictions, record, thresholds, calibration, pointing, settings):
+    """Return what metrics.json holds: the headline figures, then every table."""
+    counts = pd.crosstab(predictions["label"], predictions["predicted"])
+    counts = counts.reindex(index=range(3), columns=range(3), fill_value=0)
+    value = metrics["value"]
+    return {
+        "synthetic": record["synthetic"], "run": record["run"], "source": record["source_used"],
+        "weights": record["weights_used"], "seed": record["seed"], "recipe": record["recipe"],
+        "n": len(predictions), "patients": predictions["patient"].nunique(),
+        "folds": sorted(int(f) for f in predictions["fold"].unique()),
+        "folds_of_the_split": record["data"]["folds"], "shuffled_labels": record["shuffle_labels"],
+        "accuracy": value["accuracy"], "macro_f1": value["macro F1"],
+        "malignant_recall": value["malignant recall"],
+        "recall_per_class": {c: value[f"{c} recall"] for c in CLASS_NAMES},
+        "confusion_matrix": counts.to_numpy(), "metrics": metrics.T.to_dict(),
+        "resamples": settings.resamples, "wanted_recall": settings.recall,
+        "thresholds": thresholds.to_dict("records"), "calibration": calibration.to_dict(),
+        "pointing_game": pointing.T.to_dict(), "disclaimer": common.DISCLAIMER,
+    }  # fmt: skip
+
+
+def write_report(folder, record, scope, tables):
+    """Write report.html: the model card, tables and figures in one file without links.
+
+    Parameters
+    ----------
+    folder : Path
+        runs/<run>, with its figures.
+    record : dict
+        settings.json.
+    scope : str
+        n, folds, seed and weights in words.
+    tables : dict of str to DataFrame
+        By title.
+    """
+    card = MODEL_CARD.format(
+        disclaimer=common.DISCLAIMER,
+        source=record["source_used"],
+        scope=html.escape(scope),
+        recipe=record["recipe"],
+        weights=html.escape(record["weights_used"]),
+    )
+    parts = [f"<h1>{html.escape(folder.name)}</h1>", card]
+    for title, frame in tables.items():
+        rows = frame.round(3).to_html(border=0, na_rep="")
+        parts.append(f"<h2>{html.escape(title)}</h2>{rows}")
+    for path in sorted((folder / "figures").glob("*.png")):
+        picture = base64.b64encode(path.read_bytes()).decode()
+        alt = path.stem
+        parts.append(f'<h2>{alt}</h2><img alt="{alt}" src="data:image/png;base64,{picture}">')
+    parts.append(f"<h2>Settings</h2><pre>{html.escape(str(pd.Series(record).to_string()))}</pre>")
+    style = (
+        "body{font:15px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
+        "td,th{padding:.2em .8em;text-align:right}img{max-width:100%}pre{overflow-x:auto}"
+    )
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{folder.name}</title>'
+        f"<style>{style}</style><body>{''.join(parts)}</body></html>"
+    )
+    with common.replacing(folder / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__" and folder:
+    values = metrics_json(metrics, predictions, record, thresholds, calibration, pointing, settings)
+    common.write_json(values, folder / "metrics.json")
+    tables = {
+        "Metrics": metrics,
+        "Beside the claim": claim,
+        "Classification report": report,
+        "Thresholds": thresholds,
+        "Calibration": calibration,
+        "By group": groups,
+        "Pointing game": pointing,
+    }
+    write_report(folder, record, scope, tables)
+    print(f"wrote predictions.csv, metrics.json and report.html in {folder}")
+    print(common.DISCLAIMER)

@@ -1,0 +1,690 @@
+"""The tool drawer of the five scripts: nothing in here is about mammograms as such.
+
+Sections: names and folders; errors; settings and the command line; files that are never half
+written; reading films; what a session shows; device, precision and seeds; phantoms.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import hashlib
+import inspect
+import json
+import os
+import pickle
+import re
+import sys
+import threading
+import time
+import traceback
+import typing
+import urllib.request
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, UnidentifiedImageError
+
+# ---------------------------------------------------------------------- names and folders
+
+CLASS_NAMES = ("benign", "normal", "malignant")
+BENIGN, NORMAL, MALIGNANT = 0, 1, 2
+COLOURS = {"benign": "#0072B2", "normal": "#999999", "malignant": "#D55E00"}  # Okabe and Ito, 2008
+DISCLAIMER = "For research and teaching only. Not a medical device, not for diagnosis."
+PROJECT = Path(__file__).resolve().parent
+
+
+def data_dir(source=""):
+    """Return the folder of prepared data, moved by the environment variable BCD_DATA_DIR."""
+    return Path(os.environ.get("BCD_DATA_DIR") or PROJECT / "data").expanduser() / source
+
+
+def runs_dir(run=""):
+    """Return the folder of training runs, moved by the environment variable BCD_RUNS_DIR."""
+    return Path(os.environ.get("BCD_RUNS_DIR") or PROJECT / "runs").expanduser() / run
+
+
+# ---------------------------------------------------------------------- errors
+
+
+class UserError(Exception):
+    """A message for the user: what was found, what was expected, what to do next."""
+
+    def _render_traceback_(self):
+        """Show the message alone in IPython (Spyder, VS Code), where a traceback would bury it."""
+        return [f"error: {self}"]
+
+
+def explain(error):
+    """Put an exception into words for the user.
+
+    Parameters
+    ----------
+    error : BaseException
+        What was raised.
+
+    Returns
+    -------
+    message : str
+        One message without a traceback.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by the user; what was finished is saved"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error.filename or 'while writing'}); free some space, run again"
+    if isinstance(error, PermissionError):
+        return f"no permission for {error.filename}; change its rights or choose another folder"
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}: {error.filename or 'no file name known'}"
+    return f"unexpected {type(error).__name__}: {error} (--debug shows where; please report it)"
+
+
+def quiet_excepthook(kind, error, trace):
+    """End a command-line run with one message on stderr instead of a traceback."""
+    if "--debug" in sys.argv:
+        traceback.print_exception(kind, error, trace)
+    else:
+        sys.stdout.flush()
+        print(f"\nerror: {explain(error)}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------- settings, command line
+
+
+def in_ipython():
+    """Tell whether the code runs in IPython: Spyder's console, VS Code or a notebook."""
+    return "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None
+
+
+class _Parser(ArgumentParser):
+    """An ArgumentParser that suggests the nearest flag when one is mistyped (status 2)."""
+
+    def error(self, message):
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        unknown = re.findall(r"unrecognized arguments: (--\S+)", message)
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1) if unknown else []
+        hint = f" - did you mean {near[0]}?" if near else " - --help lists the options"
+        self.exit(2, f"{self.prog}: {message}{hint}\n")
+
+
+def command_line(settings_class, description):
+    """Return the settings of a script: the values in its settings cell, changed by flags.
+
+    Every field of the dataclass is a flag of the same name (``batch_size`` is ``--batch-size``);
+    the comment on its line is the help. In a cell run by an IDE no flag is read.
+
+    Parameters
+    ----------
+    settings_class : type
+        A dataclass whose fields are bool, int, float, str, a Literal or a tuple of str.
+    description : str
+        The script's docstring, shown by ``--help``.
+
+    Returns
+    -------
+    settings : object
+        An instance of `settings_class`.
+    """
+    main_file = getattr(sys.modules["__main__"], "__file__", None)
+    run_as_file = bool(main_file and sys.argv[0] and os.path.samefile(main_file, sys.argv[0]))
+    if in_ipython():
+        shell = sys.modules["IPython"].get_ipython()
+        shell.run_line_magic("load_ext", "autoreload")  # an edited step is used by the next cell
+        shell.run_line_magic("autoreload", "2")
+        if not run_as_file:
+            return settings_class()
+    else:
+        sys.excepthook = quiet_excepthook
+    parser = _Parser(
+        description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    source = inspect.getsource(settings_class)
+    comments = dict(re.findall(r"^\s+(\w+): .*?  # (.*)$", source, flags=re.MULTILINE))
+    for field in dataclasses.fields(settings_class):
+        flag = "--" + field.name.replace("_", "-")
+        options = {
+            "help": comments.get(field.name, "").replace("%", "%%"),
+            "default": field.default,
+        }
+        if field.type is bool and field.default:
+            flag, options = "--no" + flag[1:], {**options, "action": "store_false"}
+            options["dest"] = field.name
+        elif field.type is bool:
+            options["action"] = "store_true"
+        elif typing.get_origin(field.type) is tuple:
+            options.update(nargs="+", metavar=field.name.upper())
+        elif typing.get_origin(field.type) is typing.Literal:
+            options["choices"] = typing.get_args(field.type)
+        else:
+            options.update(type=field.type, metavar=field.type.__name__.upper())
+        parser.add_argument(flag, **options)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    values = vars(parser.parse_args())
+    values.pop("debug")
+    return settings_class(**values)
+
+
+def pick(settings_class, settings):
+    """Fill `settings_class` with the fields that it shares with another step's settings."""
+    names = {field.name for field in dataclasses.fields(settings_class)}
+    shared = {k: v for k, v in dataclasses.asdict(settings).items() if k in names}
+    return settings_class(**shared)
+
+
+# ---------------------------------------------------------------------- files, never half written
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary name beside `path` and move it into place when the block succeeds.
+
+    A crash at any moment leaves either the old file or the new one, never a part of it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # the name must not reach the disk before the content
+        os.replace(temporary, path)
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+def write_csv(table, path):
+    """Write a DataFrame as CSV (UTF-8, no index), completely or not at all."""
+    with replacing(path) as temporary:
+        table.to_csv(temporary, index=False, encoding="utf-8", lineterminator="\n")
+
+
+def write_json(values, path):
+    """Write plain values as indented JSON, completely or not at all."""
+    with replacing(path) as temporary:
+        text = json.dumps(values, indent=2, ensure_ascii=False, default=_plain)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _plain(value):
+    """Turn numpy values into what JSON knows."""
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else str(value)
+
+
+def read_json(path):
+    """Read a JSON file, or end with a message that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there; was the step before this one run?") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no valid JSON ({error}); make it again or delete it") from None
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a folder for this process; a second process is refused with a message.
+
+    The lock is the operating system's, so that a killed process leaves none behind.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+b") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                file.seek(0)
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"another process is writing to {folder}; wait until it has finished, or choose "
+                "another run name or BCD_DATA_DIR"
+            ) from None
+        yield
+
+
+def fingerprint(*parts):
+    """Return a short sha256 (16 hex digits) of values, for telling whether two things differ."""
+    text = json.dumps(parts, sort_keys=True, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_checkpoint(path):
+    """Read tensors and plain values, and refuse a file that would run code.
+
+    Parameters
+    ----------
+    path : str or Path
+        A file written by torch.save.
+
+    Returns
+    -------
+    values : dict
+        On the CPU.
+    """
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there; check the name and the folder") from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} holds more than tensors and plain values (or is damaged); it was not loaded, "
+            "since such a file can run code. Save a state_dict instead"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is damaged or no torch file ({reason}); get it again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}, expected a state dict")
+    return values
+
+
+def contact(url, patience=12.0):
+    """Ask a server for the head of a file, or give up soon.
+
+    Resolving a name has no timeout of its own, so this is done in a thread that can be left.
+
+    Raises
+    ------
+    OSError
+        If there is no good answer within `patience` seconds.
+    """
+    outcome = [TimeoutError(f"no answer within {patience:.0f} s")]
+
+    def ask():
+        try:
+            request = urllib.request.Request(url, method="HEAD")
+            urllib.request.urlopen(request, timeout=patience).close()
+            outcome[0] = None
+        except (OSError, ValueError) as error:
+            outcome[0] = error
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(patience)
+    if outcome[0] is not None:
+        raise OSError(str(getattr(outcome[0], "reason", outcome[0])))
+
+
+# ---------------------------------------------------------------------- reading films
+
+FILM_SUFFIXES = (".pgm", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm")
+
+
+def read_film(path):
+    """Read a film as grey values.
+
+    Parameters
+    ----------
+    path : str or Path
+        A PGM (binary or ASCII), PNG, JPEG or TIFF of 8 or 16 bit; ``.dcm`` when pydicom is there.
+
+    Returns
+    -------
+    film : ndarray of uint8, shape (height, width)
+        0 is black. 16-bit films are shifted so that the highest bit in use becomes bit 7: a
+        12-bit film in a 16-bit file keeps its contrast.
+
+    Raises
+    ------
+    UserError
+        If the file is missing, no film, cut short, or larger than Pillow's safety limit.
+    """
+    path = Path(path)
+    try:
+        if path.suffix.lower() == ".dcm":
+            return to_uint8(_read_dicom(path))
+        with Image.open(path) as image:
+            if image.mode == "P" or len(image.getbands()) > 1:
+                image = image.convert("L")  # a grey film that was saved in colour
+            return to_uint8(np.array(image))
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there; check the name and the folder") from None
+    except UnidentifiedImageError:
+        raise UserError(
+            f"{path} ({path.stat().st_size} bytes) is no film that can be read; expected a PGM, "
+            "PNG, JPEG or TIFF; copy it again from the source"
+        ) from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if isinstance(error, (PermissionError, IsADirectoryError)):
+            raise
+        raise UserError(f"{path} cannot be decoded ({error}); copy it from the source") from None
+
+
+def to_uint8(pixels):
+    """Scale grey values of any whole-number or float type to uint8, shape unchanged."""
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype == bool:
+        return pixels.astype(np.uint8) * 255
+    low, high = float(pixels.min()), float(pixels.max())
+    if not np.isfinite([low, high]).all():
+        raise ValueError("pixels that are NaN or infinite")
+    if pixels.dtype.kind == "f":
+        return ((pixels - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+    pixels = pixels.astype(np.int64) - min(int(low), 0)  # signed films start below zero
+    return (pixels >> max(int(pixels.max()).bit_length() - 8, 0)).astype(np.uint8)
+
+
+def _read_dicom(path):
+    """Read the pixels of a DICOM file with pydicom, which is no requirement of this project."""
+    try:
+        import pydicom
+    except ImportError:
+        raise UserError(f"{path} needs pydicom: pip install pydicom, or export a PNG") from None
+    dataset = pydicom.dcmread(path)
+    pixels = dataset.pixel_array
+    inverted = dataset.get("PhotometricInterpretation") == "MONOCHROME1"
+    return pixels.max() - pixels if inverted else pixels
+
+
+def in_threads(function, items, label, workers=None):
+    """Apply `function` to every item on all cores, with a progress line, in order.
+
+    Threads suffice: decoding, resizing and hashing release Python's lock, and threads work
+    alike in a cell, a script and on Windows.
+    """
+    progress = Progress(len(items), label)
+    results = []
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        for result in pool.map(function, items):
+            results.append(result)
+            progress.step()
+    progress.close()
+    return results
+
+
+# ---------------------------------------------------------------------- what a session shows
+
+
+class Progress:
+    """One line that stays on one line, and in a log file becomes one line at the end.
+
+    Parameters
+    ----------
+    total : int
+        Number of steps.
+    label : str
+        What is being done.
+    """
+
+    def __init__(self, total, label):
+        self.total, self.label = total, label
+        self.done, self.start, self.drawn = 0, time.perf_counter(), 0.0
+        self.live = in_ipython() or sys.stdout.isatty()
+        self.width = 0
+
+    def step(self, count=1, text=""):
+        """Count `count` more steps as done and show `text` behind the bar."""
+        self.done += count
+        now = time.perf_counter()
+        if self.live and (now - self.drawn > 0.1 or self.done == self.total):
+            self.drawn = now
+            left = (now - self.start) / max(self.done, 1) * (self.total - self.done)
+            bar = "#" * int(20 * self.done / max(self.total, 1))
+            line = f"{self.label} [{bar:<20}] {self.done}/{self.total}  {clock(left)} left  {text}"
+            self._draw(line)
+
+    def close(self, text=None):
+        """Finish the line; `text` takes the place of the bar."""
+        seconds = time.perf_counter() - self.start
+        line = text or f"{self.label}: {self.done} in {clock(seconds)}"
+        if self.live:
+            self._draw(line)
+        print("" if self.live else line, flush=True)
+
+    def _draw(self, line):
+        print("\r" + line.ljust(self.width), end="", flush=True)
+        self.width = len(line)
+
+
+def clock(seconds):
+    """Return seconds as text: 0.8 s, 42 s, 3:05 min or 1:02:03 h."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, seconds = divmod(int(round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d} h" if hours else f"{minutes}:{seconds:02d} min"
+
+
+def banner(*lines):
+    """Print lines in a frame that cannot be missed."""
+    width = max(len(line) for line in lines)
+    print("\n" + "!" * (width + 6))
+    for line in lines:
+        print(f"!! {line:<{width}} !!")
+    print("!" * (width + 6) + "\n", flush=True)
+
+
+def warn(message):
+    """Print a warning on stderr and go on."""
+    sys.stdout.flush()
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def table(frame, title):
+    """Print a DataFrame under a title, whole and unwrapped."""
+    print(f"\n{title}")
+    print(frame.to_string() + "\n", flush=True)
+
+
+def show(figure, path=None):
+    """Save a figure, show it in the Plots pane where there is one, and close it.
+
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+        The figure.
+    path : Path, optional
+        PNG file; its folder is made.
+    """
+    if path is not None:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
+        print(f"saved {path}")
+    if in_ipython():
+        plt.show()
+    plt.close(figure)
+
+
+def listing(names, most=8):
+    """Return names as text, the first few and how many more there are."""
+    names = [str(name) for name in names]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+# ---------------------------------------------------------------------- device, precision, seeds
+
+
+def choose_device(name="auto"):
+    """Return a torch.device: the named one, or the best that is there (cuda, mps, cpu)."""
+    if name == "auto":
+        mps = getattr(torch.backends, "mps", None)
+        name = (
+            "cuda" if torch.cuda.is_available() else "mps" if mps and mps.is_available() else "cpu"
+        )
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"no device {name!r} here ({reason}); try --device auto or cpu") from None
+
+
+def choose_precision(name, device):
+    """Return torch.float32 or torch.bfloat16.
+
+    ``auto`` takes bfloat16 where the hardware multiplies it natively: recent GPUs, and CPUs with
+    AVX512-BF16. Elsewhere bfloat16 is emulated and slower than float32.
+    """
+    if name != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device)[0] >= 8
+    else:
+        probe = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        native = device.type == "cpu" and bool(probe())
+    return torch.bfloat16 if native else torch.float32
+
+
+# ---------------------------------------------------------------------- phantoms
+# Lengths are shares of the film size: u runs from the chest wall to the nipple, v from the top
+# down. Every breast is drawn as a left one; right ones are mirrored at the end.
+
+# One breast | the other, for 10 of 12 patients: as in MIAS, 1/3 N+N, 1/3 N+B, the rest with M.
+PHANTOM_PLAN = ["|"] * 4 + ["|CIRC B", "|CIRC B", "|CIRC B,CIRC B", "|MISC B", "|SPIC M", "|SPIC M"]
+PHANTOM_HEADER = """SYNTHETIC PHANTOMS IN THE FORMAT OF THE MINI-MIAS DATABASE
+Film, tissue, class, severity, x, y and radius in pixels from the bottom left, as mdb001 in
+    mdb001 G CIRC B 535 425 197
+NOTE 3) Widely distributed calcifications have no centre.
+"""
+
+
+def phantom_findings(seed, number):
+    """Tissue class ("F", "G" or "D") and list of findings ("CIRC B", ...) of one film."""
+    (dozen, place), is_left = divmod((number - 1) // 2, 12), (number - 1) % 2
+    # CALC and B+M are as rare as in MIAS. B before M catches readers of a film's first row only.
+    plan = PHANTOM_PLAN + [
+        "|MISC M" if dozen % 5 else "|CALC M",
+        "|CIRC B,SPIC M" if dozen % 2 else "CIRC B|SPIC M",
+    ]
+    rng = np.random.default_rng([seed, 0, dozen])  # so a film stays the same in a larger set
+    breasts = plan[rng.permutation(12)[place]].split("|")
+    tissue = "FGD"[rng.permutation(12)[place] % 3]
+    findings = breasts[is_left ^ int(rng.integers(0, 2, 12)[place])]
+    return tissue, findings.split(",") if findings else []
+
+
+def power_law_texture(rng, size, exponent):
+    """Noise of power spectrum 1/f**exponent, mean 0 and standard deviation 1, (size, size)."""
+    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)).astype("f4")
+    frequency[0, 0] = np.inf  # no mean
+    spectrum = np.fft.rfft2(rng.standard_normal((size, size), "f4")) / frequency ** (exponent / 2)
+    texture = np.fft.irfft2(spectrum, (size, size)).astype("f4")
+    return texture / texture.std()
+
+
+def phantom_breast(outline_rng, rng, tissue, size):
+    """Radiographic density of a left breast and the room round each pixel, both (size, size).
+
+    Room is the distance to skin, muscle or film edge: a lesion of a smaller radius fits there.
+    Parenchyma has a power spectrum of about 1/f**3 (Burgess 1999, Proc. SPIE 3661, 642-653;
+    Burgess, Jacobson and Judy 2001, Med. Phys. 28, 419-437).
+    """
+    v, u = (np.mgrid[:size, :size].astype("f4") + 0.5) / size
+    width, height, nipple, armpit, muscle_u, muscle_v = outline_rng.uniform(
+        [0.38, 0.32, 0.5, 0.45, 0.18, 0.4], [0.6, 0.4, 0.6, 0.75, 0.28, 0.6]
+    ).tolist()
+    above, below = np.clip((nipple - v) / nipple, 0, 1), np.clip((v - nipple) / height, 0, None)
+    reach = width * (armpit + (1 - armpit) * (1 + np.cos(np.pi * above)) / 2)
+    skin = width * (1 - np.hypot(u / reach, below))
+    bulge = 0.12 * np.sin(np.pi * np.clip(v / muscle_v, 0, 1))
+    muscle = (u / muscle_u + v / muscle_v - 1 - bulge) / float(np.hypot(1 / muscle_u, 1 / muscle_v))
+    texture, strands = power_law_texture(rng, size, 3), power_law_texture(rng, size, 4)
+    centred = 1.2 - np.hypot((u - 0.6 * width) / (0.5 * width), (v - nipple) / (0.75 * height))
+    gland = 1 / (1 + np.exp(-5 * (centred + 0.35 * texture)))
+    # Zero crossings of a fractal field are long thin curves: a cartoon of ligaments and ducts.
+    ligaments = np.exp(-((strands / 0.05) ** 2)) * (0.06 + 0.16 * gland)
+    amount = {"F": 0.15, "G": 0.4, "D": 0.75}[tissue]
+    density = 0.5 + 0.1 * texture + gland * (amount + 0.07 * texture) + ligaments
+    density += 0.9 / (1 + np.exp(np.clip(muscle / 0.006, -50, 50)))
+    thickness = 1 - np.exp(-np.clip(skin, 0, None) / 0.045)
+    room = np.minimum.reduce([skin, muscle, u, v, 1 - u, 1 - v])
+    return np.clip(density, 0.1, None) * thickness, room
+
+
+def phantom_lesion(rng, finding, core, radius):
+    """Density that a mass adds, (2 radius + 1, 2 radius + 1); core and radius in pixels.
+
+    Only the margin tells a benign mass (smooth, sharp) from a malignant one (blurred, spiculated).
+    """
+    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
+    distance, angle = np.hypot(x, y) / core, np.arctan2(y, x)
+    malignant, contrast = finding.endswith("M"), rng.uniform(0.15, 0.6)
+    lobes, blur = 0.04 if finding == "CIRC B" else 0.1, 0.12 if malignant else 0.04
+    outline = 1 + sum(
+        lobes * rng.uniform(-1, 1) * np.cos(k * angle + rng.uniform(0, 2 * np.pi))
+        for k in range(2, 8 if malignant else 4)
+    )
+    mass = 1 / (1 + np.exp(np.clip((distance - outline) / blur, -50, 50)))
+    for direction in rng.uniform(0, 2 * np.pi, rng.integers(9, 18) if malignant else 0):
+        off_axis = np.angle(np.exp(1j * (angle - direction))) * distance
+        taper = np.clip(1 - distance / rng.uniform(1.45, radius / core), 0, 1)
+        mass = np.maximum(mass, np.exp(-((off_axis / 0.1) ** 2)) * np.sqrt(taper))
+    return contrast * mass
+
+
+def phantom_artefacts(rng, size):
+    """Label and frame strip beyond the nipple, on about 70 % of the films; uint8 (size, size)."""
+    film = Image.new("L", (256, 256))  # the size at which the default font is right
+    draw = ImageDraw.Draw(film)
+    left, top, slant, grey = rng.integers([174, 0, -8, 225], [205, 26, 9, 256]).tolist()
+    if rng.random() < 0.6:
+        draw.rectangle([left, top, left + 22, top + 30], grey)
+        draw.multiline_text((left + 4, top + 2), "R\nML", 30)
+    if rng.random() < 0.25:
+        draw.polygon([246 + slant, 0, 256, 0, 256, 256, 246 - slant, 256], grey)
+    return np.asarray(film.resize((size, size), Image.BILINEAR))
+
+
+def phantom_film(seed, number, size):
+    """One film, uint8 (size, size), and its rows of Info.txt."""
+    tissue, findings = phantom_findings(seed, number)
+    rng = np.random.default_rng([seed, number])
+    patient_rng = np.random.default_rng([seed, 0, (number + 1) // 2, 1])  # one outline for both
+    # A coarse grid takes a tenth of the time; only lesions need sharper edges.
+    density, room = phantom_breast(patient_rng, rng, tissue, size // 3)
+    density, rows = np.array(Image.fromarray(density).resize((size, size), Image.BICUBIC)), []
+    for finding in findings:
+        if finding == "CALC M":
+            density[tuple(3 * rng.choice(np.argwhere(room > 0.03), 150).T)] += rng.uniform(0.4, 1.2)
+            rows.append(f"mdb{number:03d} {tissue} {finding} *NOTE 3*")
+            continue
+        reach = 1.7 if finding.endswith("M") else 1.25
+        core = size * min(rng.uniform(0.02, 0.043), room.max() / reach - 4 / size)
+        radius = int(np.ceil(reach * core))
+        row, column = 3 * rng.choice(np.argwhere(room * size > radius + 2))
+        y, x = 3 * np.indices(room.shape)
+        room = np.minimum(room, (np.hypot(y - row, x - column) - radius) / size)  # no overlaps
+        inside = np.s_[row - radius : row + radius + 1, column - radius : column + radius + 1]
+        density[inside] += phantom_lesion(rng, finding, core, radius)
+        x = size - 1 - column if number % 2 else column
+        rows.append(f"mdb{number:03d} {tissue} {finding} {x} {size - 1 - row} {radius}")
+    # The film's response saturates, so dense tissue hides lesions, as it does in life.
+    grey = 245 * (1 - np.exp(-density)) + 3 * np.abs(rng.standard_normal((size, size), "f4"))
+    film = np.maximum(grey, phantom_artefacts(rng, size)).clip(0, 255).astype("u1")
+    return film[:, ::-1] if number % 2 else film, rows or [f"mdb{number:03d} {tissue} NORM "]
+
+
+def make_phantoms(folder, n_patients=60, seed=0, film_size=1024):
+    """Write films ``mdb001.pgm`` ... (two a patient) and their ``Info.txt`` as MIAS has them.
+
+    Parameters
+    ----------
+    folder : str or Path
+        An existing folder.
+    n_patients, seed, film_size : int
+        12 patients include 4 malignant, 4 benign and every quirk of ``Info.txt``. A film depends on
+        the seed, its number and its size (pixels; 128 at least), not on ``n_patients``.
+    """
+
+    def write(number):
+        film, rows = phantom_film(seed, number, film_size)
+        Image.fromarray(film).save(Path(folder) / f"mdb{number:03d}.pgm")
+        return rows
+
+    with ThreadPoolExecutor() as pool:
+        rows = sum(pool.map(write, range(1, 2 * n_patients + 1)), [])
+    (Path(folder) / "Info.txt").write_text("\n".join([PHANTOM_HEADER, *rows, "", "=" * 65, ""]))

@@ -1,0 +1,64 @@
+"""Phantoms of a small size, the scripts as modules, and a data folder of each test's own."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+matplotlib.use("Agg")  # in the tests only; in the scripts it would empty the Plots pane
+torch.set_num_threads(2)
+
+prepare = importlib.import_module("01_prepare_data")
+SMALL = {"source": "phantom", "patients": 24, "phantom_size": 256, "size": "128x72"}
+
+
+@pytest.fixture(scope="session")
+def prepared_once(tmp_path_factory):
+    """Prepare 24 phantom patients (48 films of 256 px, canvas 128 x 72) once for all tests."""
+    home = tmp_path_factory.mktemp("once")
+    old = os.environ.get("BCD_DATA_DIR")
+    os.environ["BCD_DATA_DIR"] = str(home / "data")
+    prepare.prepare(prepare.Settings(**SMALL))
+    if old is None:
+        del os.environ["BCD_DATA_DIR"]
+    else:
+        os.environ["BCD_DATA_DIR"] = old
+    return home / "data"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """Give a test an empty data/ and runs/ of its own; return their parent."""
+    monkeypatch.setenv("BCD_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("BCD_RUNS_DIR", str(tmp_path / "runs"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    for name in ("MIAS_ARCHIVE", "MIAS_URL"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def phantoms(home, prepared_once):
+    """Return prepared phantoms in a data folder of the test's own."""
+    shutil.copytree(prepared_once, home / "data")
+    return prepare.load_prepared("phantom")
+
+
+def run_script(name, *arguments, timeout=300, **environment):
+    """Run a script as a user would; return the finished process with stdout and stderr."""
+    return subprocess.run(
+        [sys.executable, str(PROJECT / name), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **{k: str(v) for k, v in environment.items()}},
+        cwd=str(Path(os.environ.get("BCD_DATA_DIR", ".")).parent),
+    )
