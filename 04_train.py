@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import common
 from common import CLASS_NAMES, MALIGNANT, UserError
@@ -63,6 +64,7 @@ class Settings:
     weight_decay: float = 1e-4  # decoupled (AdamW)
     label_smoothing: float = 0.1  # share of the target spread over the classes
     lesion_weight: float = 1.0  # weight of the circles' loss beside the films'; recipe lesion only
+    ema: float = 0.97  # share of the averaged weights kept at each step; the average is judged
     lr_patience: int = 2  # epochs without a better validation loss before the rates are halved
     patience: int = 5  # ... and before training stops
     max_norm: float = 5.0  # gradients longer than this are shortened to it
@@ -144,6 +146,9 @@ class Trainer:
             settings.weights, settings.recipe, settings.dropout, settings.freeze
         )
         self.model = model.to(self.device, memory_format=torch.channels_last)
+        # At 25 steps an epoch single weights are noisy; their average over the last steps is not.
+        average = get_ema_multi_avg_fn(settings.ema)
+        self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
         random_start = self.weights_used.startswith("none")
         backbone_lr = settings.lr if random_start else settings.backbone_lr
         groups = network.parameter_groups(self.model, settings.lr, backbone_lr)
@@ -189,6 +194,7 @@ class Trainer:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_norm)
             self.optimizer.step()
+            self.average.update_parameters(self.model)
             total += loss.item() * len(rows)
             hits += (logits.argmax(1).cpu() == labels).sum().item()
             count += len(rows)
@@ -197,7 +203,9 @@ class Trainer:
 
     def validate(self):
         """Predict the validation films; return their logits, labels and metrics."""
-        logits = network.predict(self.model, self.validation, self.settings.batch_size, self.dtype)
+        logits = network.predict(
+            self.average.module, self.validation, self.settings.batch_size, self.dtype
+        )
         labels = self.validation.labels[self.validation.rows]
         predicted = logits.argmax(1)
         metrics = {
@@ -215,6 +223,7 @@ class Trainer:
         """Return all that a resumed run needs, as tensors and plain values."""
         return {
             "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "generator": self.generator.get_state(),
@@ -228,6 +237,7 @@ class Trainer:
     def restore(self, state):
         """Take up a state that `state` gave."""
         self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.generator.set_state(state["generator"])
@@ -352,10 +362,13 @@ def run_epoch(trainer, target, record):
         trainer.best_loss, trainer.best_epoch = metrics["val_loss"], trainer.epoch
         images = trainer.validation.prepared.labels["image"].iloc[trainer.validation.rows]
         best = {
-            "model": trainer.model.state_dict(), "epoch": trainer.epoch, "fold": trainer.fold,
+            "model": trainer.average.module.state_dict(),
             "validation": {"images": list(images), "logits": logits, "labels": labels},
-            "temperature": network.fit_temperature(logits, labels), "record": record,
-        }  # fmt: skip
+            "temperature": network.fit_temperature(logits, labels),
+            "epoch": trainer.epoch,
+            "fold": trainer.fold,
+            "record": record,
+        }
         save_checkpoint(best, target / "best.pt")
     save_checkpoint({**trainer.state(), "record": record}, target / "last.pt")
     common.write_csv(pd.DataFrame(trainer.history, columns=HISTORY), target / "history.csv")
