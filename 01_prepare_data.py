@@ -11,6 +11,8 @@ Out: data/<source>/labels.csv, findings.csv, films.npy, films.csv and splits.csv
 """
 
 # %% Imports: this script finds its own folder first, whatever the working directory is
+import contextlib
+import gzip
 import hashlib
 import os
 import re
@@ -22,6 +24,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -49,7 +52,7 @@ class Settings:
     images: str = ""  # folder with films, in place of an archive or a download
     archive: str = ""  # all-mias.tar.gz, .tar or .zip, with any folders inside
     labels: str = ""  # CSV of your own films: image,label[,patient][,laterality]
-    size: str = "auto"  # canvas, height x width in px; auto: 512x288, phantoms 256x144
+    size: str = "auto"  # canvas, height x width in px; auto: 512x288, phantoms 160x90
     folds: int = 5  # parts of the cross-validation; each is the test set once
     seed: int = 0  # of the split into folds, and of the phantoms
     patients: int = 60  # phantom patients, two films each
@@ -107,7 +110,12 @@ def find_films(settings):
         return source, extract(Path(os.environ["MIAS_ARCHIVE"]), raw)
     url = os.environ.get("MIAS_URL", MIRROR)
     try:
-        return source, extract(download(url, raw.parent / "all-mias.tar.gz"), raw)
+        archive = download(url, raw.parent / "all-mias.tar.gz")
+        try:
+            return source, extract(archive, raw)
+        except UserError:
+            archive.unlink()  # or it would be taken for the database next time
+            raise
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         reason = getattr(error, "reason", error)
         if settings.source == "mias":
@@ -142,7 +150,7 @@ def download(url, path):
     if path.is_file():
         return path
     print(f"looking for the database at {url} ...", flush=True)
-    common.contact(url)
+    size = common.contact(url)
     print(LICENCE)
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
@@ -151,6 +159,9 @@ def download(url, path):
             try:
                 with common.replacing(path) as temporary:
                     download_url(url, str(temporary.parent), temporary.name)
+                    got = temporary.stat().st_size  # a server that hangs up early raises nothing
+                    if size and got != size:
+                        raise OSError(f"{got} of {size} bytes came")
                 return path
             except (OSError, RuntimeError) as error:
                 if attempt == 2:
@@ -189,7 +200,8 @@ def extract(archive, folder):
             limit -= size
             if limit < 0:
                 raise UserError(f"{archive} unpacks to far more than its size; not trusted")
-            if Path(name).suffix.lower() in (*common.FILM_SUFFIXES, ".txt"):
+            kept = Path(name).suffix.lower() in (*common.FILM_SUFFIXES, ".txt")
+            if kept and not Path(name).name.startswith("."):  # macOS adds ._mdb001.pgm
                 with open(temporary / Path(name).name, "xb") as file, stream() as data:
                     shutil.copyfileobj(data, file)
         common.write_json(stamp, temporary / mark.name)
@@ -197,7 +209,7 @@ def extract(archive, folder):
         os.replace(temporary, folder)
     except FileExistsError as error:
         raise UserError(f"{archive} holds {Path(error.filename).name} twice") from None
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{archive} is damaged or no archive ({error}); get it again") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -217,6 +229,8 @@ def _members(archive):
             if not member.isdir():
                 opened = (lambda m=member: file.extractfile(m)) if member.isreg() else None
                 yield member.name, member.size, opened
+        while file.fileobj.read(1 << 20):  # to the end, where gzip's checksum is
+            pass
 
 
 def _made(folder):
@@ -249,7 +263,8 @@ def phantom_films(settings):
 def film_paths(folder):
     """Return the film files of a folder, sorted by name."""
     suffixes = common.FILM_SUFFIXES
-    return sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in suffixes)
+    paths = (path for path in Path(folder).iterdir() if not path.name.startswith("."))
+    return sorted(path for path in paths if path.suffix.lower() in suffixes)
 
 
 if __name__ == "__main__":
@@ -305,10 +320,11 @@ def parse_info(text, film_height=1024):
             problems.append(f"line {number}: finding {kind!r}, severity {severity!r}")
             continue
         film["severities"].append(severity)
-        numbers = tokens[3:6] if all(re.fullmatch(r"-?\d+", t) for t in tokens[3:6]) else []
-        x, y, radius = map(int, numbers) if len(numbers) == 3 else (np.nan,) * 3
-        if radius <= 0:
-            problems.append(f"line {number}: radius {radius}")
+        place = " ".join(tokens[3:])
+        known = re.fullmatch(r"(\d+) (\d+) (\d+)", place)
+        x, y, radius = map(float, known.groups()) if known else (np.nan,) * 3
+        if radius == 0 or not known and place not in ("", "*NOTE 3*"):
+            problems.append(f"line {number}: place and radius {place!r}")
         findings.append((image, kind, severity, x, film_height - 1 - y, radius))
     labels = []
     for image, film in sorted(films.items()):
@@ -319,7 +335,7 @@ def parse_info(text, film_height=1024):
         number = int(image[3:])
         laterality, count = (
             ("right", "left")[number % 2 == 0],
-            len(severities) - ("N" in severities),
+            len(severities) - severities.count("N"),
         )
         labels.append((image, (number + 1) // 2, laterality, film["tissue"], label, count))
     if problems or not labels:
@@ -350,6 +366,8 @@ def read_own_labels(path):
         raise UserError(
             f"{path} lacks the column {' and '.join(missing)}; found {', '.join(given.columns)}"
         )
+    if given.empty:
+        raise UserError(f"{path} has no rows below its header")
     codes = {name: code for code, name in enumerate(CLASS_NAMES)}
     codes.update({str(code): code for code in range(3)})
     label = given["label"].str.strip().str.lower().map(codes)
@@ -368,8 +386,13 @@ def read_own_labels(path):
     if "patient" not in given:
         print("no patient column: each image counts as its own patient. If some patients have")
         print("several films, add the column, or films of one patient land on both sides.")
-    labels = pd.DataFrame({"image": image, "patient": given.get("patient", image)})
-    labels["laterality"] = given.get("laterality", pd.Series("", given.index)).fillna("")
+    sides = {"": "", "r": "right", "l": "left", "right": "right", "left": "left"}
+    side = given.get("laterality", pd.Series("", given.index)).fillna("").str.strip().str.lower()
+    if not side.isin(sides).all():
+        found = common.listing(side[~side.isin(sides)].unique())
+        raise UserError(f"{path}: laterality {found}; expected right, left or nothing")
+    labels = pd.DataFrame({"image": image, "patient": given.get("patient", image).str.strip()})
+    labels["laterality"] = side.map(sides)
     labels["tissue"] = ""
     labels["label"] = label.astype(int)
     labels["label_name"] = [CLASS_NAMES[code] for code in labels["label"]]
@@ -384,8 +407,11 @@ def read_labels(source, folder, settings):
     info = [path for path in Path(folder).iterdir() if path.name.lower() == "info.txt"]
     if not info:
         raise UserError(f"no Info.txt in {folder}; copy the database's there, or use --labels FILE")
-    films = film_paths(folder)
-    height = common.read_film(films[0]).shape[0] if films else 1024
+    height = 1024
+    for path in film_paths(folder):
+        with contextlib.suppress(UserError, OSError):  # a broken film is named later
+            height = common.read_film(path).shape[0]
+            break
     return parse_info(info[0].read_text(encoding="utf-8", errors="replace"), height)
 
 
@@ -751,7 +777,7 @@ class Prepared(NamedTuple):
 
 def canvas_size(text, source):
     """Read a size such as "512x288" as (height, width) in px."""
-    text = {"auto": "256x144" if source == "phantom" else "512x288"}.get(text, text)
+    text = {"auto": "160x90" if source == "phantom" else "512x288"}.get(text, text)
     match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
     size = (int(match[1]), int(match[2])) if match else (0, 0)
     if not all(64 <= side <= 4096 for side in size):
@@ -814,11 +840,13 @@ def prepare(settings):
         if state.is_file() and common.read_json(state)["key"] == key:
             print(f"{target} is up to date: {len(paths)} films on {size[0]} x {size[1]} px")
         else:
-            state.unlink() if state.exists() else None  # what follows is not whole until the end
+            for old in (state, target / "splits.csv"):  # what follows is not whole until the end
+                old.unlink() if old.exists() else None
             _build(source, paths, labels, findings, size, settings, target, key)
-        kept = pd.read_csv(target / "labels.csv", dtype={"patient": str})
+        kept = _read_table(target / "labels.csv")
         splits = split_patients(kept, settings.folds, settings.seed)
-        if not (target / "splits.csv").is_file() or not splits.equals(_read_splits(target)):
+        old = target / "splits.csv"
+        if not old.is_file() or not splits.equals(_read_table(old)):
             common.write_csv(splits, target / "splits.csv")
     prepared = load_prepared(source)
     if source == "phantom":
@@ -888,7 +916,7 @@ def place_findings(findings, table, films):
         g = Geometry(*table.loc[n, list(Geometry._fields)])
         x, y = film_to_canvas(row.x, row.y, g)
         inside = 0 <= x < films.shape[2] and 0 <= y < films.shape[1]
-        if not inside or films[n, int(y), int(x)] == 0:
+        if not inside or films[n, int(y), int(x)] <= tissue_threshold(films[n]):
             common.warn(f"{row.image}: the circle's centre lies off the breast; not used")
             findings.loc[row.Index, ["x", "y", "radius"]] = np.nan
             continue
@@ -923,17 +951,27 @@ def load_prepared(source):
     """
     folder = common.data_dir(source)
     state = common.read_json(folder / "prepared.json")
+    if not (folder / "splits.csv").is_file():
+        raise UserError(f"{folder} is not whole; run 01_prepare_data.py again")
     films = np.load(folder / "films.npy", mmap_mode="r")
-    table, findings = (pd.read_csv(folder / name) for name in ("films.csv", "findings.csv"))
-    labels = pd.read_csv(folder / "labels.csv", dtype={"patient": str}, keep_default_na=False)
-    splits = _read_splits(folder)
+    names = ("films.csv", "labels.csv", "findings.csv", "splits.csv")
+    table, labels, findings, splits = (_read_table(folder / name) for name in names)
     if not len(films) == len(table) == len(labels) == len(splits):
         raise UserError(f"{folder} is not whole; run 01_prepare_data.py again")
     return Prepared(source, folder, films, table, labels, findings, splits, state["fingerprint"])
 
 
-def _read_splits(folder):
-    return pd.read_csv(folder / "splits.csv", dtype={"patient": str})
+def _read_table(path):
+    """Read a CSV of ours; names stay text, even 001 and NA."""
+    text = dict.fromkeys(("image", "patient", "digest"), str)
+    return pd.read_csv(
+        path,
+        dtype=text,
+        keep_default_na=False,
+        na_values={
+            name: [""] for name in ("x", "y", "radius", "canvas_x", "canvas_y", "canvas_radius")
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -112,6 +112,12 @@ def fold_parts(splits, labels, fold):
         raise UserError(f"there is no fold {fold}; the folds are 0 to {splits['fold'].max()}")
     rest = np.flatnonzero(splits["fold"] != fold)
     worse, patients = prepare.worse_label(labels).iloc[rest], splits["patient"].iloc[rest]
+    counts = worse.groupby(patients).first().value_counts()
+    if len(counts) < 2 or counts.max() < 5:
+        raise UserError(
+            "validation needs at least 5 patients of some class beside the test fold; found "
+            f"{counts.max()}. Add films, or choose more --folds in step 1"
+        )
     dealer = StratifiedGroupKFold(n_splits=5, shuffle=True, random_state=fold)
     train, validation = next(dealer.split(rest, worse, patients))
     test = np.flatnonzero(splits["fold"] == fold)

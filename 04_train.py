@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 import common
 from common import CLASS_NAMES, MALIGNANT, UserError
@@ -58,15 +58,15 @@ class Settings:
     augment: float = 1.0  # multiplies the augmentation strengths of step 2; 0: none
     shuffle_labels: bool = False  # leak test: labels permuted between patients; expect chance
     # optimisation
-    epochs: int = 10  # passes over the training films, at most
+    epochs: int = 0  # passes over the training films, at most; 0: 8 with weights, else 40
     lr: float = 1e-3  # rate of the new head, Adam
     backbone_lr: float = 1e-4  # rate of the pretrained stages; a random start takes `lr` for both
     weight_decay: float = 1e-4  # decoupled (AdamW)
     label_smoothing: float = 0.1  # share of the target spread over the classes
     lesion_weight: float = 1.0  # weight of the circles' loss beside the films'; recipe lesion only
     ema: float = 0.97  # share of the averaged weights kept at each step; the average is judged
-    lr_patience: int = 2  # epochs without a better validation loss before the rates are halved
-    patience: int = 5  # ... and before training stops
+    lr_patience: int = 0  # epochs without a better loss that halve the rates; 0: a fifth of epochs
+    patience: int = 0  # epochs without a better loss that end the training; 0: half of epochs
     max_norm: float = 5.0  # gradients longer than this are shortened to it
     # machine
     seed: int = 0  # of weights, order, augmentation and dropout
@@ -146,17 +146,28 @@ class Trainer:
             settings.weights, settings.recipe, settings.dropout, settings.freeze
         )
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        # At 25 steps an epoch single weights are noisy; their average over the last steps is not.
-        average = get_ema_multi_avg_fn(settings.ema)
-        self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        # Single weights are noisy at 25 steps an epoch; their average over the last steps is not.
+        self.average = AveragedModel(self.model, avg_fn=self.blend, use_buffers=True)
         random_start = self.weights_used.startswith("none")
-        backbone_lr = settings.lr if random_start else settings.backbone_lr
-        groups = network.parameter_groups(self.model, settings.lr, backbone_lr)
+        epochs = settings.epochs or (40 if random_start else 8)
+        settings = self.settings = replace(
+            settings,
+            epochs=epochs,
+            lr_patience=settings.lr_patience or max(epochs // 5, 1),
+            patience=settings.patience or max(epochs // 2, 1),
+            backbone_lr=settings.lr if random_start else settings.backbone_lr,
+        )
+        groups = network.parameter_groups(self.model, settings.lr, settings.backbone_lr)
         self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, factor=0.5, patience=settings.lr_patience
         )
         self.epoch, self.best_loss, self.best_epoch, self.history = 0, float("inf"), 0, []
+
+    def blend(self, average, current, steps):
+        """Move the averaged weights a step towards the current ones, faster in the beginning."""
+        kept = min(self.settings.ema, (1 + float(steps)) / (10 + float(steps)))
+        return average * kept + current * (1 - kept) if average.is_floating_point() else current
 
     def losses(self, films, labels, rows):
         """Augment a batch, classify it, and return the loss to train on and the film logits."""
@@ -491,8 +502,8 @@ def train(settings):
     folder : Path
         runs/<run>.
     """
-    if settings.epochs < 1 or settings.batch_size < 1 or settings.lr <= 0:
-        raise UserError("epochs and batch size must be at least 1, the rate above 0")
+    if settings.epochs < 0 or settings.batch_size < 1 or settings.lr <= 0:
+        raise UserError("batch size must be at least 1, epochs not negative, the rate above 0")
     prepared = data.prepared_source(settings.source)
     settings, folder = open_run(settings, prepared)
     total = int(prepared.splits["fold"].max()) + 1

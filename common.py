@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import errno
 import hashlib
+import http.client
 import inspect
 import json
 import os
@@ -295,6 +296,11 @@ def contact(url, patience=12.0):
 
     Resolving a name has no timeout of its own, so this is done in a thread that can be left.
 
+    Returns
+    -------
+    size : int
+        Its bytes, 0 if the server does not say.
+
     Raises
     ------
     OSError
@@ -305,16 +311,17 @@ def contact(url, patience=12.0):
     def ask():
         try:
             request = urllib.request.Request(url, method="HEAD")
-            urllib.request.urlopen(request, timeout=patience).close()
-            outcome[0] = None
-        except (OSError, ValueError) as error:
+            with urllib.request.urlopen(request, timeout=patience) as answer:
+                outcome[0] = int(answer.headers.get("Content-Length") or 0)
+        except (OSError, ValueError, http.client.HTTPException) as error:
             outcome[0] = error
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(patience)
-    if outcome[0] is not None:
+    if isinstance(outcome[0], Exception):
         raise OSError(str(getattr(outcome[0], "reason", outcome[0])))
+    return outcome[0]
 
 
 # ---------------------------------------------------------------------- reading films
@@ -612,7 +619,7 @@ def phantom_lesion(rng, finding, core, radius):
     """
     y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
     distance, angle = np.hypot(x, y) / core, np.arctan2(y, x)
-    malignant, contrast = finding.endswith("M"), rng.uniform(0.15, 0.6)
+    malignant, contrast = finding.endswith("M"), rng.uniform(0.4, 1.0)
     lobes, blur = 0.04 if finding == "CIRC B" else 0.1, 0.12 if malignant else 0.04
     outline = 1 + sum(
         lobes * rng.uniform(-1, 1) * np.cos(k * angle + rng.uniform(0, 2 * np.pi))
@@ -653,7 +660,7 @@ def phantom_film(seed, number, size):
             rows.append(f"mdb{number:03d} {tissue} {finding} *NOTE 3*")
             continue
         reach = 1.7 if finding.endswith("M") else 1.25
-        core = size * min(rng.uniform(0.02, 0.043), room.max() / reach - 4 / size)
+        core = size * min(rng.uniform(0.03, 0.055), room.max() / reach - 4 / size)
         radius = int(np.ceil(reach * core))
         row, column = 3 * rng.choice(np.argwhere(room * size > radius + 2))
         y, x = 3 * np.indices(room.shape)

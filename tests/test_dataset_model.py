@@ -1,0 +1,431 @@
+"""Steps 2 and 3: batches, circles, balance, augmentation; the network and its weights."""
+
+import hashlib
+import http.server
+import importlib
+import math
+import os
+import threading
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.nn import functional as F
+from torchvision.models import ResNet18_Weights, resnet18
+
+import common
+from common import BENIGN, CLASS_NAMES, MALIGNANT, NORMAL, UserError
+
+data = importlib.import_module("02_dataset")
+network = importlib.import_module("03_model")
+CHOSEN = ResNet18_Weights.IMAGENET1K_V1
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ---------------------------------------------------------------------- step 2: items and batches
+
+
+def test_item_is_film_label_and_row_and_carries_no_film_number(phantoms):
+    dataset = data.MammogramDataset(phantoms, [7, 3])
+    assert len(dataset) == 2
+    film, label, row = dataset[1]
+    assert film.dtype == torch.uint8 and film.shape == (1, 128, 72)
+    assert torch.equal(film[0], torch.from_numpy(phantoms.films[3].copy()))
+    assert (type(label), label, type(row), row) == (int, phantoms.labels["label"][3], int, 3)
+
+
+def test_batches_cover_every_film_once_in_order(phantoms):
+    rows = np.arange(len(phantoms.films))[::-1][:21]
+    films, labels, found = zip(*data.batches(data.MammogramDataset(phantoms, rows), 8))
+    assert [tuple(f.shape) for f in films] == [(8, 1, 128, 72)] * 2 + [(5, 1, 128, 72)]
+    assert {f.dtype for f in films} == {torch.uint8}
+    assert {x.dtype for x in labels + found} == {torch.int64}
+    assert np.array_equal(torch.cat(found).numpy(), rows)
+    assert np.array_equal(torch.cat(films)[:, 0].numpy(), phantoms.films[rows])
+    assert torch.cat(labels).tolist() == phantoms.labels["label"].iloc[rows].tolist()
+
+
+def test_films_are_a_read_only_memory_map_that_batches_copy(phantoms):
+    assert isinstance(phantoms.films, np.memmap) and not phantoms.films.flags.writeable
+    with pytest.raises(ValueError, match="read-only"):
+        phantoms.films[0, 0, 0] = 1
+    dataset, before = data.MammogramDataset(phantoms), phantoms.films[:2].copy()
+    dataset[0][0].fill_(99)
+    dataset.__getitems__([0, 1])[0].fill_(99)
+    assert np.array_equal(phantoms.films[:2], before)
+
+
+def test_circles_of_every_film_lie_on_its_map_and_nothing_else_does(phantoms):
+    maps, known = data.MammogramDataset(phantoms).lesion_maps(range(len(phantoms.films)))
+    assert maps.shape == (48, 2, 16, 9) and maps.dtype == torch.float32 and known.all() != known[0]
+    ys, xs = (np.mgrid[:128, :72] + 0.5) // 8
+    for n, image in enumerate(phantoms.labels["image"]):
+        wanted, reach = np.zeros((2, 16, 9)), np.zeros((2, 16, 9))
+        circles = phantoms.findings.dropna(subset=["canvas_radius"])
+        for circle in circles[circles["image"] == image].itertuples():
+            channel = int(circle.severity == "M")
+            wanted[channel, int(circle.canvas_y / 8), int(circle.canvas_x / 8)] = 1
+            distance = np.hypot(*(np.mgrid[:128, :72].T - [circle.canvas_y, circle.canvas_x]).T)
+            touched = distance <= circle.canvas_radius + 6
+            reach[channel, ys[touched].astype(int), xs[touched].astype(int)] = 1
+        assert (maps[n].numpy() >= wanted).all(), f"{image}: a centre is not on its map"
+        assert (maps[n].numpy() <= reach).all(), f"{image}: the map is wider than its circle"
+
+
+def with_findings(phantoms, row, *circles, label=BENIGN):
+    """Give a film other findings (severity, x, y, radius on the canvas) and another label."""
+    labels = phantoms.labels.copy()
+    labels.loc[row, "label"] = label
+    columns = ["severity", "canvas_x", "canvas_y", "canvas_radius"]
+    findings = pd.DataFrame(list(circles), columns=columns)
+    findings.insert(0, "image", labels["image"][row])
+    return phantoms._replace(labels=labels, findings=findings)
+
+
+def test_small_circle_counts_exactly_the_pixel_of_its_centre(phantoms):
+    changed = with_findings(phantoms, 5, ("M", 70.0, 126.0, 0.3), ("B", 8.2, 16.9, 1.0))
+    maps, known = data.MammogramDataset(changed).lesion_maps([5])
+    assert known.tolist() == [True]
+    assert maps[0, 1].nonzero().tolist() == [[15, 8]]
+    assert maps[0, 0].nonzero().tolist() == [[2, 1]]
+
+
+def test_abnormal_film_without_usable_circle_is_unknown(phantoms):
+    nothing, whole = (np.nan,) * 3, ("B", 30.0, 40.0, 9.0)
+    for label, circles, expected in [
+        (MALIGNANT, [("M", *nothing)], False),
+        (BENIGN, [], False),
+        (NORMAL, [], True),
+        (BENIGN, [whole], True),
+        (MALIGNANT, [whole, ("M", *nothing)], False),  # the circle is not the whole truth
+    ]:
+        changed = with_findings(phantoms, 5, *circles, label=label)
+        maps, known = data.MammogramDataset(changed).lesion_maps([5])
+        assert known.tolist() == [expected], (CLASS_NAMES[label], circles)
+        assert (maps.sum() > 0) == (whole in circles)
+
+
+# ---------------------------------------------------------------------- step 2: balance
+
+
+def test_class_weights_make_classes_count_alike_with_mean_one():
+    for labels in ([0] * 3 + [1] * 20 + [2] * 7, [1] * 5 + [2], [1, 1]):
+        weights, counts = data.class_weights(torch.tensor(labels)), np.bincount(labels, minlength=3)
+        assert weights[labels].mean().item() == pytest.approx(1)
+        shares = (weights.numpy() * counts)[counts > 0]
+        assert weights.dtype == torch.float32 and shares == pytest.approx(shares[0])
+
+
+def test_sampler_draws_every_class_equally_often_and_as_many_films_as_there_are():
+    labels = torch.tensor([0] * 6 + [1] * 50 + [2] * 14)
+    sampler = data.balanced_sampler(labels, generator())
+    epochs = [list(sampler) for _ in range(100)]
+    assert {len(epoch) for epoch in epochs} == {70} and epochs[0] != epochs[1]
+    shares = np.bincount(labels[np.concatenate(epochs)]) / 7000
+    assert shares == pytest.approx(1 / 3, abs=0.03)  # five standard deviations
+    drawn = np.bincount(np.concatenate(epochs), minlength=70)
+    assert drawn.min() > 0, "a film is never drawn"
+
+
+# ---------------------------------------------------------------------- step 2: augmentation
+
+
+def blob(row, column, count=1, size=(128, 72), cell=1, width=6.0):
+    """Draw a bright spot at a place of the canvas, on a grid of `cell` px: (count, 1, h, w)."""
+    ys, xs = np.mgrid[: size[0] // cell, : size[1] // cell] * cell + (cell - 1) / 2
+    spot = np.exp(-((ys - row) ** 2 + (xs - column) ** 2) / (2 * width**2))
+    return torch.tensor(spot, dtype=torch.float32).expand(count, 1, *spot.shape).contiguous()
+
+
+def centres(images, cell=1):
+    """Return rows and columns, in canvas px, of the centres of mass of (n, 1, h, w)."""
+    ys, xs = np.mgrid[: images.shape[2], : images.shape[3]] * cell + (cell - 1) / 2
+    mass = images[:, 0].double().numpy()
+    return [(mass * axis).sum((1, 2)) / mass.sum((1, 2)) for axis in (ys, xs)]
+
+
+def test_strength_zero_is_the_identity():
+    films, maps = torch.rand(3, 1, 40, 24), torch.rand(3, 2, 5, 3)
+    same, same_maps = data.augment(films, torch.tensor([0, 1, 2]), generator(), 0, maps)
+    assert torch.equal(same, films) and torch.equal(same_maps, maps)
+
+
+def test_augmentation_depends_on_its_generator_alone():
+    films, labels = torch.rand(4, 1, 40, 24), torch.tensor([0, 1, 2, 2])
+    state = torch.get_rng_state()
+    first, again, other = (data.augment(films, labels, generator(s))[0] for s in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.allclose(first, other, atol=0.05)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.allclose(first[2], first[3], atol=0.05), "films of a batch vary alike"
+
+
+def test_maps_travel_with_their_films():
+    labels = torch.arange(60) % 3
+    films, maps = blob(44, 27, 60), torch.cat([blob(44, 27, 60, cell=8)] * 2, 1)
+    films, maps = data.augment(films, labels, generator(), 1.0, maps)
+    assert films.shape == (60, 1, 128, 72) and maps.shape == (60, 2, 16, 9)
+    for axis, film, lesion in zip("yx", centres(films), centres(maps[:, :1], cell=8)):
+        assert np.ptp(film) > 6, f"nothing moves along {axis}"
+        assert np.abs(film - lesion).max() < 2, f"film and map part along {axis}"
+
+
+def test_black_stays_black_and_grey_values_stay_between_0_and_1():
+    labels = torch.arange(30) % 3
+    assert not data.augment(torch.zeros(30, 1, 40, 24), labels, generator(), 3.0)[0].any()
+    films = data.augment(torch.rand(30, 1, 40, 24), labels, generator(), 3.0)[0]
+    assert 0 <= films.min() and films.max() <= 1 and films.dtype == torch.float32
+
+
+def test_rarer_classes_are_varied_more():
+    moved = {}
+    for label in range(3):
+        films = data.augment(blob(63.5, 50, 400), torch.full((400,), label), generator())[0]
+        row, column = centres(films)
+        moved[label] = np.hypot(row - 63.5, column - 50).mean(), films.amax((1, 2, 3)).std().item()
+    for rare in (BENIGN, MALIGNANT):
+        assert np.greater(moved[rare], np.multiply(1.2, moved[NORMAL])).all(), moved
+
+
+def test_about_half_of_the_films_are_turned_upside_down_and_none_sideways():
+    row, column = centres(data.augment(blob(30, 15, 900), torch.arange(900) % 3, generator())[0])
+    for label in range(3):
+        assert (row[label::3] > 64).mean() == pytest.approx(0.5, abs=0.1)
+    assert (column < 36).all()
+
+
+def test_largest_rotation_scale_and_shift_are_as_declared(monkeypatch):
+    def offsets(start, **strengths):
+        table = data.STRENGTHS * 0
+        table[list(strengths)] = list(strengths.values())
+        monkeypatch.setattr(data, "STRENGTHS", table)
+        films = blob(63.5, start, 500, width=3)
+        row, column = centres(data.augment(films, torch.zeros(500).long(), generator())[0])
+        return row - 63.5, column - 35.5
+
+    row, column = offsets(55.5, rotation=15.0)
+    assert np.hypot(row, column) == pytest.approx(20, abs=0.3), "sheared"
+    assert np.abs(np.degrees(np.arctan2(row, column))).max() == pytest.approx(15, abs=0.5)
+    assert np.ptp(np.log(offsets(55.5, scale=0.15)[1] / 20)) == pytest.approx(0.3, abs=0.02)
+    row, column = offsets(35.5, shift=0.2)  # a share of the canvas side
+    found = [np.abs(row).max() / 128, np.abs(column).max() / 72]
+    assert found == pytest.approx([0.2, 0.2], abs=0.01)
+
+
+# ---------------------------------------------------------------------- step 3: the network
+
+
+@pytest.fixture(scope="module")
+def rgb():
+    """Return torchvision's resnet18 with weights and statistics that are nothing special."""
+    torch.manual_seed(1)
+    model = resnet18(weights=None)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.2)
+            module.running_var.uniform_(0.5, 2)
+            torch.nn.init.uniform_(module.weight, 0.3, 0.8)
+            torch.nn.init.normal_(module.bias, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def weights_file(rgb, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.save(rgb.state_dict(), path)
+    return path
+
+
+def normalised(films):
+    """Repeat grey films in three channels, normalised as torchvision's transforms do."""
+    mean, std = CHOSEN.transforms().mean, CHOSEN.transforms().std
+    return (films - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (75, 50)])
+def test_grey_network_gives_what_rgb_resnet18_gives_on_three_equal_channels(
+    rgb, weights_file, size
+):
+    films = torch.rand(3, 1, *size)
+    model, name = network.build_model(str(weights_file), "plain")
+    assert "resnet18.pth" in name
+    model.eval()
+    with torch.no_grad():
+        model.head.weight.copy_(rgb.fc.weight[:3, :, None, None])
+        model.head.bias.copy_(rgb.fc.bias[:3])
+        stem, wanted_stem = model.backbone.conv1(films), rgb.conv1(normalised(films))
+        logits, wanted = model(films)[0], rgb(normalised(films))[:, :3]
+    assert torch.allclose(stem[:, :, 3:-3, 3:-3], wanted_stem[:, :, 3:-3, 3:-3], 0, 1e-5)
+    assert torch.allclose(stem, wanted_stem, 0, 1e-5), "wrong along the border"
+    assert wanted.std() > 0.05 and torch.allclose(logits, wanted, 1e-5, 1e-5)
+
+
+def learn(model, steps=2):
+    """Train a little on noise."""
+    groups = network.parameter_groups(model, 0.01, 0.01)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(torch.rand(4, 1, 64, 64))[0], torch.tensor([0, 1, 2, 1])).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("frozen", [-1, 1, 5])
+def test_frozen_stages_do_not_change_in_training_nor_do_their_statistics(weights_file, frozen):
+    model, _ = network.build_model(str(weights_file), "lesion", 0.2, frozen)
+    before = {n: v.clone() for n, v in model.backbone.state_dict().items()}
+    learn(model.eval().train())
+    after = model.backbone.state_dict()
+    same = {n.split(".")[0] for n, v in after.items() if v.equal(before[n])}
+    changed = {n.split(".")[0] for n, v in after.items() if not v.equal(before[n])}
+    stages = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]
+    count = {-1: 4, 1: 2, 5: 6}[frozen]
+    assert same == set(stages[:count]) and changed == set(stages[count:])
+
+
+def test_parameter_groups_hold_every_trained_parameter_once_at_its_rate(weights_file):
+    model, _ = network.build_model(str(weights_file))
+    head, backbone = network.parameter_groups(model, 1e-3, 1e-4)
+    assert (head["lr"], backbone["lr"]) == (1e-3, 1e-4)
+    names = {id(p): n for n, p in model.named_parameters() if p.requires_grad}
+    assert len(head["params"]) + len(backbone["params"]) == len(names)
+    assert {names.pop(id(p))[:8] for p in backbone["params"]} == {"backbone"}
+    assert {names.pop(id(p))[:4] for p in head["params"]} == {"head", "skip", "film"}
+    assert not names
+
+
+@pytest.mark.parametrize("recipe, place", [("plain", 32), ("lesion", 16)])
+def test_logits_and_maps_have_the_promised_shapes_at_any_size(recipe, place):
+    model = network.build_model("none", recipe)[0].eval()
+    for height, width in [(64, 64), (128, 72), (97, 130)]:
+        with torch.no_grad():
+            logits, maps = model(torch.rand(2, 1, height, width))
+        assert logits.shape == (2, 3)
+        assert maps.shape == (2, 3, math.ceil(height / place), math.ceil(width / place))
+
+
+# ---------------------------------------------------------------------- step 3: weights
+
+
+class Hostile:  # noqa: D101
+    def __reduce__(self):  # noqa: D105
+        return os.mkdir, ("marker",)
+
+
+def damaged(kind, rgb, path):
+    """Write a weights file that must not be taken."""
+    state = rgb.state_dict()
+    if kind == "prefixed":
+        state = {f"module.{name}": value for name, value in state.items()}
+    elif kind == "of another shape":
+        state["layer1.0.conv1.weight"] = torch.zeros(64, 64, 1, 1)
+    elif kind == "hostile":
+        state["layer1.0.conv1.weight"] = Hostile()
+    elif kind == "no state":
+        state = [1, 2]
+    torch.save(state, path, _use_new_zipfile_serialization=kind != "truncated, legacy format")
+    whole = path.read_bytes()
+    if kind.startswith("truncated"):
+        path.write_bytes(whole[: 5000 if "legacy" in kind else len(whole) // 3])
+    elif kind in ("empty", "a web page"):
+        path.write_bytes(b"" if kind == "empty" else b"<html>404</html>")
+    elif kind == "missing":
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "kind, said",
+    [("prefixed", "missing"), ("of another shape", "layer1.0.conv1"), ("truncated", "damaged")]
+    + [("truncated, legacy format", "damaged"), ("empty", "damaged|code"), ("missing", "not there")]
+    + [("hostile", "code"), ("a web page", "damaged|code"), ("no state", "expected a state dict")],
+)
+def test_bad_weights_file_is_named_and_refused(kind, said, rgb, home, monkeypatch):
+    monkeypatch.chdir(home)
+    damaged(kind, rgb, home / "mine.pth")
+    with pytest.raises(UserError, match=said) as caught:
+        network.build_model(str(home / "mine.pth"))
+    assert "mine.pth" in str(caught.value)
+    assert not (home / "marker").exists(), "the file ran code"
+
+
+@pytest.fixture
+def offline(home, monkeypatch):
+    def contact(url, patience=0):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(common, "contact", contact)
+
+
+def test_auto_without_network_starts_at_random_and_cannot_be_overlooked(offline, capsys):
+    model, name = network.build_model("auto")
+    printed = capsys.readouterr().out
+    assert "NO IMAGENET WEIGHTS (no route to host)" in printed and "RANDOM START" in printed
+    assert CHOSEN.url in printed and "--weights FILE" in printed
+    assert name.startswith("none") and model.frozen == 0
+
+
+def test_imagenet_without_network_is_an_error_that_says_what_to_do(offline):
+    with pytest.raises(UserError, match="no route to host.*--weights FILE"):
+        network.build_model("imagenet")
+
+
+@pytest.fixture
+def served(home, weights_file, monkeypatch):
+    """Serve the weights over loopback in place of torchvision's; return how to name them."""
+    folder = home / "www"
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(folder))
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("no_proxy", "*")
+
+    def serve(digest=None):
+        content = weights_file.read_bytes()
+        name = f"resnet18-{digest or hashlib.sha256(content).hexdigest()[:8]}.pth"
+        (folder / name).write_bytes(content)
+        url = f"http://127.0.0.1:{server.server_port}/{name}"
+        monkeypatch.setattr(CHOSEN.value, "url", url)
+        return home / "torch" / "hub" / "checkpoints" / name
+
+    yield serve
+    server.shutdown()
+    server.server_close()
+
+
+def test_imagenet_weights_are_downloaded_once_and_used(served, rgb, monkeypatch):
+    cached = served()
+    model, name = network.build_model("imagenet")
+    assert cached.is_file() and "ImageNet" in name and model.frozen == 3
+    assert model.backbone.layer4[0].conv1.weight.equal(rgb.layer4[0].conv1.weight)
+    monkeypatch.setattr(CHOSEN.value, "url", f"http://127.0.0.1:1/{cached.name}")  # nobody there
+    assert "ImageNet" in network.build_model("auto")[1]
+
+
+def test_download_with_a_wrong_checksum_is_refused_and_not_kept(served, capsys):
+    cached = served("01234567")
+    with pytest.raises(UserError, match="invalid hash value"):
+        network.build_model("imagenet")
+    assert network.build_model("auto")[1].startswith("none")
+    assert "NO IMAGENET WEIGHTS" in capsys.readouterr().out
+    assert not list(cached.parent.glob("*"))
+
+
+@pytest.mark.parametrize("kind", ["hostile", "a web page", "truncated"])
+def test_damaged_download_cache_is_named_and_runs_no_code(kind, served, rgb, home, monkeypatch):
+    monkeypatch.chdir(home)
+    cached = served()
+    cached.parent.mkdir(parents=True)
+    damaged(kind, rgb, cached)
+    with pytest.raises(UserError, match=cached.name):
+        network.build_model("imagenet")
+    assert not (home / "marker").exists(), "the file ran code"

@@ -1,0 +1,859 @@
+"""Step 1 keeps its promises: parsing, geometry, reading, checking, downloading, splitting.
+
+The tests of the real database need its archive: ``MIAS_ARCHIVE=all-mias.tar.gz pytest``.
+"""
+
+import contextlib
+import hashlib
+import http.server
+import importlib
+import io
+import itertools
+import os
+import shutil
+import socket
+import tarfile
+import threading
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import PROJECT, prepare, run_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import common
+from common import UserError
+
+dataset = importlib.import_module("02_dataset")
+ARCHIVE = os.environ.get("MIAS_ARCHIVE", "")  # read here, since `home` takes it away
+TINY = {"source": "phantom", "patients": 12, "phantom_size": 128, "size": "64x64", "folds": 3}
+some = settings(max_examples=50, deadline=None, database=None)
+
+
+def breast(seed=0, side="left", size=128):
+    """Draw a half ellipse of grey noise 60 to 99 against the film's edge, uint8."""
+    rng, (y, x) = np.random.default_rng(seed), np.mgrid[:size, :size] / size
+    inside = np.hypot(x / 0.55, (y - 0.5) / 0.4) < 1
+    film = np.where(inside, rng.integers(60, 100, inside.shape), rng.integers(0, 4, inside.shape))
+    return (film[:, ::-1] if side == "right" else film).astype(np.uint8)
+
+
+def own_films(home, rows=None, header="image,label,patient"):
+    """Write 12 films of 6 patients, two of each class, and their CSV; return the settings."""
+    images, csv = home / "scans", home / "mine.csv"
+    images.mkdir(exist_ok=True)
+    for n in range(12):
+        Image.fromarray(breast(n)).save(images / f"{n:03d}.png")
+    rows = rows or [f"{n:03d}.png,{n // 2 % 3},p{n // 2}" for n in range(12)]
+    csv.write_text("\n".join([header, *rows, ""]), encoding="utf-8")
+    return prepare.Settings(images=str(images), labels=str(csv), size="64x64", folds=2)
+
+
+def refused(function, *arguments, **keywords):
+    """Return the message with which a UserError refuses a call."""
+    with pytest.raises(UserError) as error:
+        function(*arguments, **keywords)
+    return str(error.value)
+
+
+def brightness_inside(film, x, y, radius):
+    """Return by how much the disc of a circle is brighter than the ring of the same width."""
+    v, u = np.indices(film.shape)
+    distance = np.hypot(u - x, v - y) / radius
+    return film[distance <= 1].mean() - film[(distance > 1) & (distance <= 2)].mean()
+
+
+# ---------------------------------------------------------------------- (a) the real database
+
+
+@pytest.fixture(scope="module")
+def mias(tmp_path_factory):
+    """Prepare all films of MIAS once, at the size that is trained on."""
+    if not ARCHIVE:
+        pytest.skip("MIAS_ARCHIVE names no archive of the database")
+    data = tmp_path_factory.mktemp("mias")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BCD_DATA_DIR", str(data))
+        choice = prepare.Settings(source="mias", archive=ARCHIVE, size="512x288")
+        yield prepare.prepare(choice)
+    shutil.rmtree(str(data))  # 370 MB
+
+
+@pytest.fixture(scope="module")
+def info(mias):
+    """Return labels and findings of Info.txt as parsed, before any circle is put aside."""
+    return prepare.parse_info((mias.folder / "raw" / "Info.txt").read_text(encoding="utf-8"))
+
+
+def test_mias_labels_are_counted_by_the_worst_row_and_patients_are_pairs_of_films(info):
+    labels, findings = info
+    assert np.bincount(labels["label"]).tolist() == [63, 207, 52]
+    several = labels[labels["findings"] > 1].set_index("image")["findings"].to_dict()
+    twice = ("mdb005", "mdb132", "mdb144", "mdb223", "mdb239", "mdb249")
+    assert several == {**dict.fromkeys(twice, 2), "mdb226": 3}
+    assert labels.set_index("image")["label_name"]["mdb144"] == "malignant"
+    by_tissue = pd.crosstab(labels["label"], labels["tissue"]).to_dict("list")  # B, N, M
+    assert by_tissue == {"F": [21, 66, 19], "G": [22, 65, 17], "D": [20, 76, 16]}
+    letters = labels["label_name"].str[0].str.upper()
+    pairs = letters.groupby(labels["patient"]).agg(lambda pair: "".join(sorted(pair)))
+    assert pairs.value_counts().to_dict() == {"NN": 53, "BN": 55, "MN": 46, "BM": 6, "BB": 1}
+    assert (2 * pairs.index[pairs == "BM"] - 1).tolist() == [91, 125, 141, 211, 213, 239]
+    assert (labels["laterality"] == ["right", "left"] * 161).all()
+    assert (labels.groupby("patient")["tissue"].nunique() == 1).all()
+
+
+def test_mias_findings_are_counted_by_type_and_radius(info):
+    labels, findings = info
+    assert len(findings) + (labels["label"] == common.NORMAL).sum() == 330
+    counts = pd.crosstab(findings["severity"], findings["type"]).to_dict("list")  # B, M
+    masses = {"CALC": [15, 15], "CIRC": [21, 4], "SPIC": [11, 8], "MISC": [7, 8]}
+    assert counts == {**masses, "ARCH": [9, 10], "ASYM": [6, 9]}
+    without = findings[findings["x"].isna()]
+    assert sorted(without["image"]) == ["mdb059", "mdb216", "mdb233", "mdb245"]
+    assert findings["radius"].describe()[["min", "50%", "max"]].tolist() == [3, 41, 197]
+    assert findings.groupby("severity")["radius"].median().tolist() == [33.5, 49]
+
+
+def test_every_mias_film_is_the_distributed_one_and_lies_as_its_number_says(mias):
+    known = {image: digest for digest, image in prepare.known_digests().items()}
+    assert len(known) == len(mias.table) == mias.table["digest"].nunique() == 322
+    assert (mias.table["digest"].str[:6] == mias.table["image"].map(known)).all()
+    assert (mias.table["mirrored"] == (mias.labels["laterality"] == "right")).all()
+    wrong = []
+    for path, laterality in zip(prepare.film_paths(mias.folder / "raw"), mias.labels["laterality"]):
+        if prepare.guess_laterality(common.read_film(path)) != laterality:
+            wrong.append(path.stem)
+    assert wrong == ["mdb151", "mdb152"]  # the breast fills the film
+
+
+def test_every_usable_mias_circle_lies_in_its_crop(mias, info):
+    circles = mias.findings.dropna(subset=["canvas_radius"]).merge(mias.table, on="image")
+    unusable = set(info[1].dropna()["image"]) - set(circles["image"])
+    assert len(circles) == 117 and unusable == {"mdb212", "mdb214"}
+    for axis, side in (("x", "width"), ("y", "height")):
+        start = circles["crop_left" if axis == "x" else "crop_top"]
+        assert ((circles[axis] - circles["radius"]).clip(0) >= start).all()
+        end = (circles[axis] + circles["radius"]).clip(upper=1023)
+        assert (end < start + circles[f"crop_{side}"]).all()
+    width, height = mias.table["crop_width"].median(), mias.table["crop_height"].median()
+    assert 496 <= width <= 600 and 950 <= height <= 1024, (width, height)
+
+
+def test_mias_y_is_turned_over_so_that_masses_are_brighter_inside(mias):
+    masses = mias.findings[mias.findings["type"] == "CIRC"].dropna(subset=["radius"])
+    right_way, wrong_way = [], []
+    for m in masses.itertuples():
+        film = common.read_film(mias.folder / "raw" / f"{m.image}.pgm")
+        right_way.append(brightness_inside(film, m.x, m.y, m.radius))
+        wrong_way.append(brightness_inside(film, m.x, 1023 - m.y, m.radius))
+    assert len(masses) == 24 and np.mean(right_way) > 20 > np.mean(wrong_way)
+    assert np.greater(right_way, wrong_way).sum() >= 22
+
+
+def test_every_mias_fold_has_its_share_of_each_class(mias):
+    mix = pd.crosstab(mias.splits["fold"], mias.labels["label_name"])
+    assert mix["malignant"].between(10, 11).all(), mix
+    assert mix["benign"].between(10, 15).all() and mix["normal"].between(38, 45).all(), mix
+
+
+# ---------------------------------------------------------------------- (b) Info.txt
+
+INFO = """MIAS database: mdb001 is a film, and so is
+    mdb007 G CIRC B 1 2 3
+mdb001 G CIRC B 535 425 197
+mdb002 G NORM
+mdb003 D CIRC B 100 200 10
+mdb003 D SPIC M 300 400 20
+mdb004 D CALC M *NOTE 3*
+"""
+
+
+CHANGES = {
+    "trailing blanks": lambda text: text.replace("\n", "  \n"),
+    "tabs": lambda text: text.replace(" ", "\t"),
+    "CRLF": lambda text: text.replace("\n", "\r\n"),
+    "BOM": lambda text: "\ufeff" + text[text.index("mdb001 G") :],
+    "blank lines": lambda text: text.replace("\n", "\n\n"),
+    "lower case": str.lower,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_info_is_read_alike_whatever_its_blanks_line_ends_and_case(change):
+    labels, findings = prepare.parse_info(change(INFO))
+    assert labels["image"].tolist() == ["mdb001", "mdb002", "mdb003", "mdb004"]
+    assert labels["label"].tolist() == [0, 1, 2, 2]  # B before M is malignant
+    assert labels["findings"].tolist() == [1, 0, 2, 1]
+    assert labels["patient"].tolist() == [1, 1, 2, 2]
+    assert labels["laterality"].tolist() == ["right", "left"] * 2
+    assert findings["y"].tolist()[:3] == [1023 - 425, 1023 - 200, 1023 - 400]
+    assert findings["x"].isna().tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    "row, complaint",
+    [
+        ("mdb002 G CIRC B 1 2 3", "mdb002 is called normal"),
+        ("mdb009 X NORM", "tissue 'X'"),
+        ("mdb003 F SPIC M 3 4 5", "tissue 'F'"),
+        ("mdb009 G BLOB B 1 2 3", "finding 'BLOB'"),
+        ("mdb009 G CIRC", "severity ''"),
+        ("mdb009 G CIRC 1 2 3", "severity '1'"),
+        ("mdb009 G CIRC B 1 2 -3", "radius"),
+        ("mdb009 G CIRC B 1 2 0", "radius"),
+        ("mdb009 G CIRC B 53S 425 19", "line 8"),
+        ("mdb009 G CIRC B 535 425", "line 8"),
+    ],
+)
+def test_a_row_that_makes_no_sense_is_refused_and_named(row, complaint):
+    assert complaint in refused(prepare.parse_info, INFO + row)
+
+
+def test_a_text_without_films_is_refused_and_a_normal_film_named_twice_has_no_findings():
+    assert "no row" in refused(prepare.parse_info, "a text about mdb001\n")
+    labels, _ = prepare.parse_info("mdb001 G NORM\nmdb001 G NORM \n")
+    assert labels["findings"].tolist() == [0] and labels["label"].tolist() == [common.NORMAL]
+
+
+place = st.none() | st.tuples(st.integers(0, 1023), st.integers(0, 1023), st.integers(1, 300))
+a_finding = st.tuples(st.sampled_from(prepare.TYPES), st.sampled_from("BM"), place)
+a_film = st.tuples(st.sampled_from("FGD"), st.lists(a_finding, max_size=3))
+
+
+@some
+@given(st.dictionaries(st.integers(1, 999), a_film, min_size=1), st.sampled_from([" ", "\t", "  "]))
+def test_any_valid_table_comes_back_as_it_was_written(films, blank):
+    lines, expected = [], []
+    for number, (tissue, findings) in films.items():
+        for kind, severity, where in findings:
+            lines.append([f"mdb{number:03d}", tissue, kind, severity, *map(str, where or ())])
+            x, y, radius = (where[0], 1023 - where[1], where[2]) if where else (None,) * 3
+            expected.append((f"mdb{number:03d}", kind, severity, x, y, radius))
+        lines += [] if findings else [[f"mdb{number:03d}", tissue, "NORM "]]
+    labels, found = prepare.parse_info("\n".join(blank.join(line) for line in lines))
+    found = found.astype(object).where(found.notna(), None)
+    assert list(found.itertuples(index=False, name=None)) == expected
+    for row in labels.itertuples():
+        tissue, findings = films[int(row.image[3:])]
+        severities = [severity for _, severity, _ in findings]
+        worst = "M" in severities and "malignant" or "B" in severities and "benign" or "normal"
+        assert (row.tissue, row.label_name, row.findings) == (tissue, worst, len(findings))
+    assert len(labels) == len(films)
+
+
+# ---------------------------------------------------------------------- (c) geometry
+
+
+@some
+@given(*[st.integers(1, 2000)] * 4, st.booleans(), st.floats(0.05, 4), *[st.floats(0, 1)] * 2)
+def test_a_point_goes_to_the_canvas_and_back(top, left, height, width, mirrored, scale, u, v):
+    geometry = prepare.Geometry(4000, 4000, top, left, height, width, mirrored, scale)
+    x, y = left + u * (width - 1), top + v * (height - 1)
+    on_canvas = prepare.film_to_canvas(x, y, geometry)
+    assert np.allclose(prepare.canvas_to_film(*on_canvas, geometry), (x, y), atol=1e-6)
+    assert -0.5 <= on_canvas[0] <= width * scale - 0.5
+    assert -0.5 <= on_canvas[1] <= height * scale - 0.5
+
+
+@some
+@given(st.integers(0, 70), st.integers(75, 180), st.sampled_from(["left", "right"]))
+def test_a_bright_dot_turns_up_where_the_geometry_says(x, y, side):
+    film = breast(side="left", size=256)
+    film[y - 2 : y + 3, x + 3 : x + 8] = 255
+    x += 5
+    if side == "right":
+        film, x = film[:, ::-1].copy(), 255 - x
+    canvas, geometry, mask = prepare.place_film(film, side, (128, 72))
+    assert geometry.mirrored == (side == "right") and mask[y, x]
+    weight = np.maximum(canvas.astype(float) - 110, 0)
+    rows, columns = np.indices(canvas.shape)
+    found = (columns * weight).sum() / weight.sum(), (rows * weight).sum() / weight.sum()
+    assert np.allclose(found, prepare.film_to_canvas(x, y, geometry), atol=0.5)
+
+
+@pytest.mark.parametrize("film", [np.zeros((128, 128)), np.full((128, 128), 255)], ids=str)
+def test_a_film_of_one_grey_has_no_breast(film):
+    with pytest.raises(ValueError, match="no breast found"):
+        prepare.place_film(film.astype(np.uint8), "left", (64, 64))
+
+
+# ---------------------------------------------------------------------- (d) reading films
+
+small_films = st.integers(1, 12).flatmap(
+    lambda width: st.lists(st.binary(min_size=width, max_size=width), min_size=1, max_size=12)
+)
+
+
+@some
+@given(small_films, st.booleans(), st.sampled_from([" ", "\n", "\t\n", " # a remark\n"]))
+def test_any_pgm_is_read_as_it_was_written(tmp_path_factory, rows, ascii, blank):
+    path = tmp_path_factory.getbasetemp() / "any.pgm"
+    film = np.array([list(row) for row in rows], np.uint8)
+    header = f"{'P2' if ascii else 'P5'}{blank}{film.shape[1]} {film.shape[0]}\n255\n".encode()
+    path.write_bytes(header + (" ".join(map(str, film.ravel())).encode() if ascii else bytes(film)))
+    assert np.array_equal(common.read_film(path), film)
+
+
+@some
+@given(st.binary(max_size=60), st.sampled_from([b"", b"P5 ", b"P5 4 4 255\n", b"P2 4 4 9\n"]))
+def test_no_bytes_make_the_reader_fail_without_a_message(tmp_path_factory, data, start):
+    path = tmp_path_factory.getbasetemp() / "bytes.pgm"
+    path.write_bytes(start + data)
+    try:
+        assert common.read_film(path).dtype == np.uint8
+    except UserError as error:
+        assert str(path) in str(error)
+
+
+@pytest.mark.parametrize("most", [100, 4095, 65535])
+def test_a_pgm_of_another_maximum_is_scaled_to_it(tmp_path, most):
+    values = np.linspace(0, most, 64).astype(int)
+    raw = values.astype(">u2" if most > 255 else "u1").tobytes()
+    (tmp_path / "film.pgm").write_bytes(b"P5\n8 8\n%d\n" % most + raw)
+    film = common.read_film(tmp_path / "film.pgm")
+    assert film.dtype == np.uint8 and film.shape == (8, 8)
+    assert np.abs(film.ravel() - values * 255.0 / most).max() <= 1
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("bits", [12, 16])
+def test_a_16_bit_film_keeps_its_contrast(tmp_path, suffix, bits):
+    values = np.linspace(0, 2**bits - 1, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / f"film.{suffix}")
+    film = common.read_film(tmp_path / f"film.{suffix}")
+    assert film.dtype == np.uint8 and np.array_equal(film, values >> (bits - 8))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P"])
+def test_a_film_saved_in_colour_is_the_same_grey_film(tmp_path, mode):
+    Image.fromarray(breast()).convert(mode).save(tmp_path / "film.png")
+    assert np.array_equal(common.read_film(tmp_path / "film.png"), breast())
+
+
+@pytest.mark.parametrize("data", [None, b"", b"P5\n8 8\n255\n1234", b"P5\n8", b"P9\n1 1\n255\n1"])
+@pytest.mark.parametrize("name", ["film.pgm", "film.png", "film.tif"])
+def test_a_missing_empty_cut_or_foreign_film_is_named(tmp_path, data, name):
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    assert str(tmp_path / name) in refused(common.read_film, tmp_path / name)
+
+
+# ---------------------------------------------------------------------- (e) films of one's own
+
+
+@pytest.mark.parametrize("labels", ["benign,Normal, malignant ", "0,1,2"])
+def test_own_labels_are_names_or_numbers_and_no_patient_column_is_said(home, capsys, labels):
+    text = "".join(f"{n}.png,{label}\n" for n, label in enumerate(labels.split(",")))
+    (home / "mine.csv").write_text("Image, LABEL\n" + text, encoding="utf-8-sig")
+    table, findings = prepare.read_own_labels(home / "mine.csv")
+    assert table["label"].tolist() == [0, 1, 2] and table["patient"].tolist() == ["0", "1", "2"]
+    assert len(findings) == 0 and "no patient column" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text, complaints",
+    [
+        ("image,class\na.png,0\n", ["lacks the column label", "class"]),
+        ("image,label\na.png,0\nb.png,\n", ["line 3"]),
+        ("image,label\na.png,NaN\n", ["line 2"]),
+        ("image,label\n,1\n", ["line 2"]),
+        ("image,label\na.png,cancer\n", ["line 2", "cancer", "malignant"]),
+        ("image,label\na.png,3\n", ["line 2", "(found 3)"]),
+        ("image,label\na.png,0\na.tif,0\n", ["names a twice"]),
+        ("image,label,patient\na.png,0,\n", ["no patient"]),
+        ("image,label,laterality\na.png,0,up\n", ["laterality", "up"]),
+        ("image,label\n", ["mine.csv"]),
+        ("", ["cannot be read"]),
+    ],
+)
+def test_own_labels_that_make_no_sense_are_refused_and_named(home, text, complaints):
+    (home / "mine.csv").write_text(text, encoding="utf-8")
+    message = refused(prepare.read_own_labels, home / "mine.csv")
+    assert all(complaint in message for complaint in complaints), message
+
+
+def test_blanks_make_no_second_patient_and_capitals_no_other_side(home):
+    rows = ["a,0,p1 ,Right", "b,0, p1,L"]
+    (home / "mine.csv").write_text("image,label,patient,laterality\n" + "\n".join(rows))
+    table, _ = prepare.read_own_labels(home / "mine.csv")
+    assert table["patient"].nunique() == 1
+    assert table["laterality"].tolist() == ["right", "left"]
+
+
+def test_own_films_are_prepared_under_their_own_names(home):
+    prepared = prepare.prepare(own_films(home))
+    names = [f"{n:03d}" for n in range(12)]
+    for table in (prepared.labels, prepared.table, prepared.splits):
+        assert table["image"].tolist() == names
+    assert prepared.films.shape == (12, 64, 64) and (prepared.films.max(axis=(1, 2)) > 0).all()
+    assert (prepared.splits.groupby("patient")["fold"].nunique() == 1).all()
+
+
+def test_a_split_that_cannot_be_made_is_refused_and_leaves_nothing_to_train_on(home):
+    prepare.prepare(own_films(home))
+    few = own_films(home, [f"{n:03d},{min(n // 2, 2) % 3},p{n // 2}" for n in range(12)])
+    message = refused(prepare.prepare, few)
+    assert "2 folds" in message and "benign 1" in message and "malignant 4" in message
+    refused(prepare.load_prepared, "own")  # not the new films with the old folds
+    one_class = own_films(home, [f"{n:03d},normal,p{n // 2}" for n in range(12)])
+    assert "two classes" in refused(prepare.prepare, one_class)
+
+
+def test_the_fewest_patients_that_step_1_takes_are_split_or_refused_with_a_message(home):
+    prepared = prepare.prepare(own_films(home))
+    try:
+        parts = dataset.fold_parts(prepared.splits, prepared.labels, 0)
+        assert min(map(len, parts.values())) > 0
+    except UserError as error:
+        assert "patients" in str(error)
+
+
+def test_missing_extra_and_broken_films_are_named_and_left_out_if_allowed(home, capsys):
+    rows = [f"{n:03d},{n // 2 % 3},p{n // 2}" for n in range(12)]
+    choice = own_films(home, rows[1:] + ["lost,0,p9", "black,0,p7", "naked,1,p8"])
+    Image.new("L", (128, 128)).save(home / "scans" / "black.png")
+    label_only = np.zeros((128, 128), np.uint8)
+    label_only[4:16, 100:120] = 230
+    Image.fromarray(label_only).save(home / "scans" / "naked.png")
+    message = refused(prepare.prepare, choice)
+    assert "lost" in message and "--allow-partial" in message and "001" not in message
+    assert "black: no breast found" in message and "naked: no breast found" in message
+    choice.allow_partial = True
+    prepared = prepare.prepare(choice)
+    assert prepared.labels["image"].tolist() == [f"{n:03d}" for n in range(1, 12)]
+    said = capsys.readouterr().err
+    assert "1 films have no label and are left out: 000" in said and "lost" in said
+
+
+def test_a_broken_first_film_is_left_out_if_allowed(home):
+    common.make_phantoms(_made(home / "raw"), 12, 0, 128)
+    (home / "raw" / "mdb001.pgm").write_bytes(b"")
+    labels, _ = prepare.read_labels("mias", home / "raw", prepare.Settings(allow_partial=True))
+    assert len(labels) == 24
+
+
+# ---------------------------------------------------------------------- (f) checking
+
+
+def checked(images, digests, allow_partial=False):
+    """Run check_films on usable films that are all labelled."""
+    films = pd.DataFrame({"image": images, "digest": digests, "problem": "", "note": ""})
+    prepare.check_films("mias", films, films[["image"]], allow_partial)
+
+
+def test_renamed_double_missing_and_foreign_films_are_named(capsys):
+    digests, images = map(list, zip(*prepare.known_digests().items()))
+    checked(images, digests)
+    assert capsys.readouterr().err == ""
+    swapped = [images[1], images[0], *images[2:]]
+    message = refused(checked, swapped, digests, allow_partial=True)
+    assert "mdb002 holds mdb001" in message and "mdb001 holds mdb002" in message
+    message = refused(checked, images, digests[:1] + digests[:-1], allow_partial=True)
+    assert "same pixels" in message and "mdb001, mdb002" in message
+    assert "2 films are missing: mdb321, mdb322" in refused(checked, images[:320], digests[:320])
+    checked(images[:320], digests[:320], allow_partial=True)
+    assert "mdb321, mdb322" in capsys.readouterr().err
+    checked(images, ["000000", *digests[1:]])
+    assert "1 films differ" in capsys.readouterr().err
+
+
+def test_a_circle_off_the_breast_is_put_aside_and_one_cut_by_the_crop_is_refused():
+    canvas, geometry, _ = prepare.place_film(breast(), "left", (64, 64))
+    table = pd.DataFrame([{"image": "mdb002", **geometry._asdict()}])
+    columns = ["image", "type", "severity", "x", "y", "radius"]
+    rows = [("mdb002", "CIRC", "B", 120, 5, 3), ("mdb002", "CIRC", "M", 30, 64, 9)]
+    _, parsed = prepare.parse_info("mdb002 G CIRC B 120 122 3\nmdb002 G CIRC M 30 63 9", 128)
+    assert list(parsed.itertuples(index=False, name=None)) == rows
+    placed = prepare.place_findings(parsed, table, canvas[None])
+    assert placed["canvas_radius"].isna().tolist() == [True, False]
+    big = pd.DataFrame([("mdb002", "CIRC", "B", 60, 64, 60)], columns=columns)
+    assert "crop cuts" in refused(prepare.place_findings, big, table, canvas[None])
+
+
+# ---------------------------------------------------------------------- (g) archives
+
+
+def _made(folder):
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """Make 12 phantom patients of 128 px once, as they lie in an archive."""
+    folder = tmp_path_factory.mktemp("raw")
+    common.make_phantoms(folder, 12, 0, 128)
+    return folder
+
+
+def packed(raw, path, inside=""):
+    """Pack the phantoms as tar or zip, in a folder if one is named."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+            for film in sorted(raw.iterdir()):
+                file.write(film, inside + film.name)
+    else:
+        with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as file:
+            for film in sorted(raw.iterdir()):
+                file.add(film, inside + film.name)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tar", "a.zip"])
+@pytest.mark.parametrize("inside", ["", "MIAS/all films/"])
+def test_an_archive_is_unpacked_whole_whatever_its_kind_and_folders(raw, home, name, inside):
+    archive = packed(raw, home / name, inside)
+    folder = prepare.extract(archive, home / "data" / "raw")
+    for path in raw.iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+    before = folder.stat().st_mtime_ns
+    assert prepare.extract(archive, folder).stat().st_mtime_ns == before
+    assert [path.name for path in folder.parent.iterdir()] == ["raw"]
+
+
+@pytest.mark.parametrize(
+    "name, size, kind, complaint",
+    [(name, 4, b"0", "not allowed") for name in ("../a.pgm", "a/../../a.pgm", "/tmp/a.pgm")]
+    + [("a.pgm", 0, kind, "not allowed") for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, b"6")]
+    + [(name, 2 << 30, b"0", "far more than its size") for name in ("a.pgm", "notes.doc")],
+)
+def test_a_member_that_leads_outside_or_is_a_bomb_is_refused(home, name, size, kind, complaint):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname, member.size = kind, "/etc/hostname", size
+    (home / "a.tar").write_bytes(member.tobuf() + b"film".ljust(512, b"\0") + bytes(1024))
+    assert complaint in refused(prepare.extract, home / "a.tar", home / "data" / "raw")
+    assert list((home / "data").iterdir()) == [] and not (home / "a.pgm").exists()
+
+
+@pytest.mark.parametrize("names", ["../a.pgm", "/a.pgm", "1/a.pgm 2/a.pgm"])
+def test_a_zip_that_leads_outside_or_holds_a_film_twice_is_refused(home, names):
+    with zipfile.ZipFile(home / "a.zip", "w") as file:
+        for name in names.split():
+            file.writestr(name, b"film")
+    message = refused(prepare.extract, home / "a.zip", home / "data" / "raw")
+    assert "not allowed" in message or "a.pgm twice" in message
+    assert list((home / "data").iterdir()) == []
+
+
+def test_a_zip_made_on_a_mac_gives_the_films_alone(raw, home):
+    packed(raw, home / "a.zip")
+    with zipfile.ZipFile(home / "a.zip", "a") as file:
+        file.writestr("__MACOSX/._mdb001.pgm", b"\0\5\x16\7")
+    folder = prepare.extract(home / "a.zip", home / "data" / "raw")
+    names = [path.stem for path in prepare.film_paths(folder)]
+    assert names == [f"mdb{n:03d}" for n in range(1, 25)]
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.zip"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "text", "empty"])
+def test_a_damaged_archive_is_refused_and_named(raw, home, name, damage):
+    archive = packed(raw, home / name)
+    data = archive.read_bytes()
+    half = len(data) // 2
+    noise = bytes(255 - byte for byte in data[half : half + 99])
+    changed = {"cut": data[:half], "flipped": data[:half] + noise + data[half + 99 :]}
+    archive.write_bytes({**changed, "text": b"<html>404</html>" * 99, "empty": b""}[damage])
+    message = refused(prepare.extract, archive, home / "data" / "raw")
+    assert str(archive) in message and "damaged" in message
+    assert list((home / "data").iterdir()) == []
+
+
+def test_a_missing_archive_or_foreign_files_in_the_way_are_named(raw, home):
+    assert "nowhere.tar" in refused(prepare.extract, home / "nowhere.tar", home / "data" / "raw")
+    folder = _made(home / "data" / "raw")
+    (folder / "thesis.txt").write_text("mine")
+    archive = packed(raw, home / "a.tar")
+    assert "not ours" in refused(prepare.extract, archive, folder)
+    assert (folder / "thesis.txt").read_text() == "mine"
+
+
+# ---------------------------------------------------------------------- (h) downloading
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Do what takes long side by side: scripts, for torch is slow to import, and a silent server.
+
+    The server takes connections and never answers.
+    """
+    home, script = tmp_path_factory.mktemp("commands"), "01_prepare_data.py"
+    commands = {path.name: (path.name, "--help") for path in sorted(PROJECT.glob("0*.py"))}
+    commands["mistyped"] = (script, "--archve", "a.zip")
+    commands["bad path"] = (script, "--images", home / "nowhere")
+    small = "--source phantom --patients 12 --phantom-size 128 --folds 2"
+    commands["locked"] = (script, *small.split())
+    auto, strict = prepare.Settings(**{**TINY, "source": "auto"}), prepare.Settings(source="mias")
+
+    def find_mias():
+        start = time.monotonic()
+        return refused(prepare.find_films, strict), time.monotonic() - start
+
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/all-mias.tar.gz"
+        variables = {"BCD_DATA_DIR": home / "data", "MIAS_URL": url, "no_proxy": "127.0.0.1"}
+        for name, value in variables.items():
+            patch.setenv(name, str(value))
+        patch.delenv("MIAS_ARCHIVE", raising=False)
+        said = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        pool = stack.enter_context(ThreadPoolExecutor(4))
+        jobs = {"silent mias": pool.submit(find_mias)}
+        jobs["silent auto"] = pool.submit(prepare.find_films, auto)
+        with common.locked(home / "scripts" / "phantom"):
+            folder = {"BCD_DATA_DIR": home / "scripts"}
+            scripts = {k: pool.submit(run_script, *c, **folder) for k, c in commands.items()}
+            jobs = {key: job.result() for key, job in {**scripts, **jobs}.items()}
+        return {**jobs, "said": said.getvalue()}
+
+
+class Mirror(http.server.ThreadingHTTPServer):
+    """A server on loopback whose `data` arrives whole only while it is `healthy`."""
+
+    daemon_threads = True
+    data, healthy = b"", True
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    """Answer HEAD, and GET whole or only by half."""
+
+    def do_HEAD(self):  # noqa: D102
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.server.data)))
+        self.end_headers()
+
+    def do_GET(self):  # noqa: D102
+        self.do_HEAD()
+        data = self.server.data
+        with contextlib.suppress(OSError):  # a client may hang up
+            self.wfile.write(data if self.server.healthy else data[: len(data) // 2])
+
+    def log_message(self, *arguments):
+        """Keep quiet."""
+
+
+@pytest.fixture
+def mirror(raw, home, monkeypatch):
+    """Serve the phantoms as all-mias.tar.gz, under MIAS_URL."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with Mirror(("127.0.0.1", 0), Answer) as server:
+        server.data = packed(raw, home / "served.tar.gz").read_bytes()
+        monkeypatch.setenv("MIAS_URL", f"http://127.0.0.1:{server.server_port}/all-mias.tar.gz")
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_the_database_is_downloaded_once_and_its_licence_shown(mirror, raw, capsys):
+    source, folder = prepare.find_films(prepare.Settings())
+    assert source == "mias" and len(prepare.film_paths(folder)) == 24
+    assert "research purposes only" in capsys.readouterr().out
+    mirror.data = b""
+    assert prepare.find_films(prepare.Settings()) == ("mias", folder)
+    assert "looking" not in capsys.readouterr().out
+
+
+def test_a_connection_that_breaks_off_once_is_tried_again(mirror, home, monkeypatch):
+    said = []
+
+    def mend(message):
+        said.append(message)
+        mirror.healthy = True
+
+    monkeypatch.setattr(common, "warn", mend)
+    mirror.healthy = False
+    path = prepare.download(os.environ["MIAS_URL"], home / "all-mias.tar.gz")
+    assert path.read_bytes() == mirror.data
+    assert len(said) == 1 and "broke off" in said[0]
+
+
+def test_a_connection_that_breaks_off_twice_leaves_nothing_in_the_way(mirror, home):
+    mirror.healthy = False
+    message = refused(prepare.find_films, prepare.Settings(source="mias"))
+    assert os.environ["MIAS_URL"] in message and "--archive" in message
+    assert list((home / "data" / "mias").glob("*")) == []
+    mirror.healthy = True
+    assert prepare.find_films(prepare.Settings(source="mias"))[0] == "mias"
+
+
+def test_a_download_that_is_no_archive_is_not_kept(mirror, home):
+    good, mirror.data = mirror.data, b"<html>please log in</html>" * 99
+    refused(prepare.find_films, prepare.Settings(source="mias"))
+    mirror.data = good
+    assert prepare.find_films(prepare.Settings(source="mias"))[0] == "mias"
+
+
+def test_a_silent_server_is_known_within_15_seconds_and_phantoms_take_over_under_auto(finished):
+    message, seconds = finished["silent mias"]
+    assert "could not be downloaded" in message and "no answer" in message and seconds < 15
+    source, folder = finished["silent auto"]
+    assert source == "phantom" and len(prepare.film_paths(folder)) == 24
+    assert "!! NO MIAS DATABASE" in finished["said"] and "SYNTHETIC PHANTOMS" in finished["said"]
+
+
+# ---------------------------------------------------------------------- (i) again, and crashes
+
+
+def contents(folder):
+    """Return {name: digest} of a folder's files, apart from the raw films and the lock."""
+    files = [path for path in folder.iterdir() if path.is_file() and path.name != ".lock"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_a_second_run_reuses_all_and_a_changed_setting_rebuilds_what_it_must(home, capsys):
+    first = prepare.prepare(prepare.Settings(**TINY))
+    times = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
+    capsys.readouterr()
+    start = time.perf_counter()
+    again = prepare.prepare(prepare.Settings(**TINY))
+    assert time.perf_counter() - start < 2 and "is up to date" in capsys.readouterr().out
+    assert times == {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
+    assert again.fingerprint == first.fingerprint
+    old = contents(first.folder)
+    prepare.prepare(prepare.Settings(**{**TINY, "folds": 2}))
+    new = contents(first.folder)
+    assert {name for name in new if new[name] != old[name]} == {"splits.csv"}
+    wider = prepare.prepare(prepare.Settings(**{**TINY, "size": "64x96"}))
+    assert wider.films.shape == (24, 64, 96) and wider.fingerprint != first.fingerprint
+
+
+def test_a_crash_at_any_moment_leaves_no_half_state_and_the_next_run_repairs_it(home, monkeypatch):
+    folder, replace = common.data_dir("phantom"), os.replace
+    choices = [prepare.Settings(**{**TINY, "size": f"{64 + n}x64", "folds": 2 + n}) for n in (0, 1)]
+    whole = []
+    for choice in choices:
+        prepare.prepare(choice)
+        whole.append(contents(folder))
+    for moment in range(99):
+        moves = itertools.count()
+
+        def crash(old, new, moves=moves, moment=moment):
+            if next(moves) == moment:
+                raise KeyboardInterrupt
+            replace(old, new)
+
+        monkeypatch.setattr(os, "replace", crash)
+        with contextlib.suppress(KeyboardInterrupt):
+            prepare.prepare(choices[moment % 2])
+        monkeypatch.setattr(os, "replace", replace)
+        if next(moves) <= moment:
+            break
+        assert not list(folder.glob(".*.part"))
+        with contextlib.suppress(UserError):  # "was the step before this one run?"
+            prepare.load_prepared("phantom")
+            assert contents(folder) in whole
+        prepare.prepare(choices[moment % 2])
+        assert contents(folder) == whole[moment % 2]
+    assert moment >= 6  # films.npy, films.csv, labels.csv, findings.csv, the state, the folds
+
+
+# ---------------------------------------------------------------------- (j) splits
+
+
+a_patient = st.lists(st.integers(0, 2), min_size=1, max_size=3)
+
+
+@some
+@given(st.lists(a_patient, min_size=12), st.integers(2, 5))
+def test_patients_are_never_split_and_every_fold_is_used(patients, folds):
+    patients += [[label] for label in (0, 1, 2) for _ in range(folds)]
+    rows = [
+        (f"{n}-{k}", str(n), c) for n, films in enumerate(patients) for k, c in enumerate(films)
+    ]
+    labels = pd.DataFrame(rows, columns=["image", "patient", "label"])
+    splits = prepare.split_patients(labels, folds, 0)
+    assert splits["image"].equals(labels["image"])
+    assert splits.groupby("patient")["fold"].nunique().max() == 1
+    assert set(splits["fold"]) == set(range(folds))
+
+
+@pytest.fixture
+def like_mias():
+    """Return labels of 161 patients with the class mix of MIAS."""
+    pairs = [(1, 1)] * 53 + [(1, 0)] * 55 + [(2, 1)] * 46 + [(2, 0)] * 6 + [(0, 0)]
+    rows = [(f"{n}{k}", str(n), pair[k]) for n, pair in enumerate(pairs) for k in (0, 1)]
+    return pd.DataFrame(rows, columns=["image", "patient", "label"])
+
+
+def test_folds_are_stratified_and_the_seed_alone_decides_them(like_mias):
+    splits = prepare.split_patients(like_mias, 5, 0)
+    mix = pd.crosstab(splits["fold"], prepare.worse_label(like_mias)) / 2
+    assert (mix.max() - mix.min()).max() <= 2, mix
+    assert splits.equals(prepare.split_patients(like_mias, 5, 0))
+    assert not splits.equals(prepare.split_patients(like_mias, 5, 1))
+
+
+def test_the_parts_of_a_fold_share_no_patient_and_leave_no_film_out(like_mias):
+    splits = prepare.split_patients(like_mias, 5, 0)
+    for fold in range(5):
+        parts = dataset.fold_parts(splits, like_mias, fold)
+        assert sorted(np.concatenate(list(parts.values()))) == list(range(322))
+        patients = [set(splits["patient"].iloc[rows]) for rows in parts.values()]
+        assert sum(map(len, patients)) == 161
+        assert all(set(like_mias["label"].iloc[rows]) == {0, 1, 2} for rows in parts.values())
+    assert "no fold 5" in refused(dataset.fold_parts, splits, like_mias, 5)
+    fold = splits["fold"][0]
+    splits.loc[0, "fold"] = (fold + 1) % 5  # the patient's other film stays
+    with pytest.raises(AssertionError, match="two parts"):
+        dataset.fold_parts(splits, like_mias, fold)
+
+
+# ---------------------------------------------------------------------- (k) the command line
+
+
+def test_all_five_scripts_explain_themselves(finished):
+    helps = [finished[name] for name in finished if name.endswith(".py")]
+    assert len(helps) == 5
+    for done in helps:
+        assert done.returncode == 0 and done.stderr == "" and "--debug" in done.stdout
+    assert "data/<source>/labels.csv" in helps[0].stdout and "split into folds" in helps[0].stdout
+
+
+MISTAKES = [
+    ("mistyped", 2, "did you mean --archive?"),
+    ("bad path", 1, "nowhere is no folder"),
+    ("locked", 1, "another process is writing to"),
+]
+
+
+@pytest.mark.parametrize("key, status, message", MISTAKES)
+def test_a_mistake_ends_with_one_message_and_a_status(finished, key, status, message):
+    done = finished[key]
+    assert done.returncode == status and message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------- phantoms
+
+
+def test_phantoms_are_the_same_for_a_seed_whatever_their_number(raw, home):
+    for name, patients, seed in [("same", 12, 0), ("more", 13, 0), ("other", 12, 1)]:
+        common.make_phantoms(_made(home / name), patients, seed, 128)
+    for path in raw.iterdir():
+        assert (home / "same" / path.name).read_bytes() == path.read_bytes()
+        if path.suffix == ".pgm":
+            assert (home / "more" / path.name).read_bytes() == path.read_bytes()
+            assert (home / "other" / path.name).read_bytes() != path.read_bytes()
+
+
+def test_phantoms_have_the_quirks_of_the_database_and_lesions_that_can_be_seen(raw):
+    text = (raw / "Info.txt").read_text()
+    assert "NORM \n" in text and "*NOTE 3*" in text and "    mdb001" in text
+    labels, findings = prepare.parse_info(text, 128)
+    worse = prepare.worse_label(labels).groupby(labels["patient"]).first().value_counts()
+    assert worse.to_dict() == {0: 4, 1: 4, 2: 4} and (labels["findings"] > 1).any()
+    assert findings["x"].isna().any()
+
+
+def test_phantom_lesions_are_brighter_than_their_surroundings(phantoms):
+    contrast = []
+    raw, findings = phantoms.folder / "raw", phantoms.findings.dropna(subset=["radius"])
+    for lesion in findings.itertuples():
+        film = common.read_film(raw / f"{lesion.image}.pgm").astype(float)
+        contrast.append(brightness_inside(film, lesion.x, lesion.y, lesion.radius))
+    assert np.mean(contrast) > 8 and np.mean(np.array(contrast) > 0) > 0.8, contrast
