@@ -608,20 +608,26 @@ def place_film(film, laterality, size):
     return canvas, geometry, mask
 
 
-if __name__ == "__main__":
-    figure, axes = plt.subplots(2, 6, figsize=(9, 6), layout="constrained")
+def plot_crops(labels, folder, size=(512, 288)):
+    """Draw two films of each class before and after the crop, the breast outlined."""
     paths = {path.stem: path for path in film_paths(folder)}
     examples = labels[labels["image"].isin(paths)].groupby("label").head(2).sort_values("label")
-    for (raw_axis, cut_axis), film_row in zip(axes.T, examples.itertuples()):
-        film = common.read_film(paths[film_row.image])
-        canvas, geometry, mask = place_film(film, film_row.laterality, (512, 288))
-        raw_axis.imshow(film, cmap="gray", vmin=0, vmax=255)
-        raw_axis.contour(mask, levels=[0.5], colors="#56B4E9", linewidths=1)
-        raw_axis.set_title(f"{film_row.image}\n{film_row.label_name}", fontsize=9)
-        cut_axis.imshow(canvas, cmap="gray", vmin=0, vmax=255)
-        raw_axis.axis("off")
-        cut_axis.axis("off")
-    figure.suptitle("Before (breast outlined) and after the crop, right breasts mirrored")
+    figure, axes = plt.subplots(2, 6, figsize=(9, 5), layout="constrained", height_ratios=(2, 3))
+    for (before, after), row in zip(axes.T, examples.itertuples()):
+        film = common.read_film(paths[row.image])
+        canvas, _, mask = place_film(film, row.laterality, size)
+        before.imshow(film, cmap="gray", vmin=0, vmax=255)
+        before.contour(mask, levels=[0.5], colors="#56B4E9", linewidths=1)
+        before.set_title(f"{row.image}\n{row.label_name}", fontsize=9)
+        after.imshow(canvas, cmap="gray", vmin=0, vmax=255)
+    for axis in axes.flat:
+        axis.axis("off")
+    figure.suptitle("Before (breast outlined) and after the crop; right breasts are mirrored")
+    return figure
+
+
+if __name__ == "__main__":
+    figure = plot_crops(labels, folder)
     common.show(figure, common.data_dir(source) / "figures" / "crops.png")
 
 
@@ -666,7 +672,7 @@ def check_films(source, films, labels, allow_partial):
     source : str
         "mias", "phantom" or "own".
     films : DataFrame
-        image, digest, problem ("" if the film could be used), note ("" or a remark).
+        image, digest, problem ("" if the film could be used).
     labels : DataFrame
         One row a film.
     allow_partial : bool
@@ -681,8 +687,6 @@ def check_films(source, films, labels, allow_partial):
     twice = films[films["digest"].duplicated(keep=False) & (films["problem"] == "")]
     if len(twice):
         raise UserError(f"the same pixels under several names: {common.listing(twice['image'])}")
-    for note, group in films[films["note"] != ""].groupby("note"):
-        common.warn(f"{note}: {common.listing(group['image'])}")
     if source == "mias":
         known = known_digests()
         belongs = films["digest"].str[:6].map(known)
@@ -793,9 +797,9 @@ def prepare_film(path, laterality, size, source):
     canvas : ndarray of uint8, shape `size`
         Black if there is a problem.
     row : dict
-        A row of films.csv, with problem and note.
+        A row of films.csv, with problem.
     """
-    row = {"image": path.stem, "digest": "", "problem": "", "note": ""}
+    row = {"image": path.stem, "digest": "", "problem": ""}
     try:
         film = common.read_film(path)
         row["digest"] = hashlib.sha256(np.ascontiguousarray(film)).hexdigest()[:16]
@@ -839,6 +843,7 @@ def prepare(settings):
         state = target / "prepared.json"
         if state.is_file() and common.read_json(state)["key"] == key:
             print(f"{target} is up to date: {len(paths)} films on {size[0]} x {size[1]} px")
+            state.touch()  # steps 2 to 5 take the database that was prepared last
         else:
             for old in (state, target / "splits.csv"):  # what follows is not whole until the end
                 old.unlink() if old.exists() else None
@@ -890,7 +895,7 @@ def _build(source, paths, labels, findings, size, settings, target, key):
     if not usable.all():  # once more, without the ones that have just been named
         paths = [path for path, good in zip(paths, usable) if good]
         return _build(source, paths, labels, findings, size, settings, target, key)
-    common.write_csv(table.drop(columns=["problem", "note"]), target / "films.csv")
+    common.write_csv(table.drop(columns="problem"), target / "films.csv")
     common.write_csv(labels, target / "labels.csv")
     common.write_csv(findings, target / "findings.csv")
     content = common.fingerprint(pixels, labels.to_csv(), findings.round(3).to_csv())
@@ -980,59 +985,60 @@ if __name__ == "__main__":
 
 
 # %% Look: how many films of each class and tissue, findings of each type, classes in each fold
-if __name__ == "__main__":
-    classes = labels["label_name"].value_counts().reindex(CLASS_NAMES).to_frame("films")
-    types = pd.crosstab(findings["type"], findings["severity"])
-    fold_mix = pd.crosstab(splits["fold"], labels["label_name"])[list(CLASS_NAMES)]
-    common.table(classes, f"films per class (n = {len(labels)})")
-    common.table(types, f"findings per type, benign and malignant (n = {len(findings)})")
-    common.table(fold_mix, "films per class in each fold")
+def plot_counts(labels, findings, fold_mix):
+    """Draw the films by tissue and class, the findings by type, and the class mix of the folds."""
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), layout="constrained")
-    sns.countplot(
-        data=labels,
-        x="tissue",
-        hue="label_name",
-        hue_order=CLASS_NAMES,
-        palette=common.COLOURS,
-        ax=axes[0],
-    )
+    order = {"hue": "label_name", "hue_order": CLASS_NAMES, "palette": common.COLOURS}
+    sns.countplot(data=labels, x="tissue", ax=axes[0], **order)
     axes[0].set(xlabel="tissue", ylabel="films", title=f"Tissue (n = {len(labels)} films)")
     axes[0].legend(title="", fontsize=8)
     if len(findings):
-        sns.countplot(
-            data=findings,
-            x="type",
-            hue="severity",
-            hue_order=["B", "M"],
-            ax=axes[1],
-            palette=[common.COLOURS["benign"], common.COLOURS["malignant"]],
-        )
+        colours = [common.COLOURS["benign"], common.COLOURS["malignant"]]
+        order = {"hue": "severity", "hue_order": ["B", "M"], "palette": colours}
+        sns.countplot(data=findings, x="type", ax=axes[1], **order)
     axes[1].set(xlabel="type", ylabel="findings", title=f"Findings (n = {len(findings)})")
     axes[1].tick_params(axis="x", labelsize=8)
     fold_mix.plot.bar(stacked=True, ax=axes[2], color=list(common.COLOURS.values()), legend=False)
     axes[2].set(ylabel="films", title="Class mix of the folds")
     axes[2].tick_params(axis="x", rotation=0)
+    return figure
+
+
+if __name__ == "__main__":
+    classes = labels["label_name"].value_counts().reindex(CLASS_NAMES).to_frame("films")
+    types = pd.crosstab(findings["type"], findings["severity"])
+    fold_mix = pd.crosstab(splits["fold"], labels["label_name"])
+    fold_mix = fold_mix.reindex(columns=CLASS_NAMES, fill_value=0)
+    common.table(classes, f"films per class (n = {len(labels)})")
+    common.table(types, f"findings per type, benign and malignant (n = {len(findings)})")
+    common.table(fold_mix, "films per class in each fold")
+    figure = plot_counts(labels, findings, fold_mix)
     common.show(figure, prepared.folder / "figures" / "counts.png")
 
 
 # %% Look: films of each class on the canvas, with the radiologists' circles
-if __name__ == "__main__":
+def plot_films(prepared):
+    """Draw seven films of each class, chosen at random, with their circles."""
+    labels, findings = prepared.labels, prepared.findings.dropna(subset=["canvas_radius"])
     figure, axes = plt.subplots(3, 7, figsize=(9, 7.4), layout="constrained")
-    for label, row_axes in zip((NORMAL, BENIGN, MALIGNANT), axes):
-        chosen = labels[labels["label"] == label].sample(frac=1, random_state=0).index[:7]
-        for axis, n in zip(row_axes, chosen):
+    for label, line in zip((NORMAL, BENIGN, MALIGNANT), axes):
+        chosen = labels[labels["label"] == label].sample(frac=1, random_state=0).index
+        line[0].set_ylabel(CLASS_NAMES[label])
+        for axis, n in zip(line, chosen):
             axis.imshow(prepared.films[n], cmap="gray", vmin=0, vmax=255)
-            circles = findings[findings["image"] == labels["image"][n]].dropna(subset=["radius"])
-            for circle in circles.itertuples():
-                colour = common.COLOURS["malignant" if circle.severity == "M" else "benign"]
-                centre = (circle.canvas_x, circle.canvas_y)
-                axis.add_patch(plt.Circle(centre, circle.canvas_radius, fill=False, color=colour))
             axis.set_title(labels["image"][n], fontsize=8)
-        row_axes[0].set_ylabel(CLASS_NAMES[label])
+            for c in findings[findings["image"] == labels["image"][n]].itertuples():
+                colour = common.COLOURS["malignant" if c.severity == "M" else "benign"]
+                centre = (c.canvas_x, c.canvas_y)
+                axis.add_patch(plt.Circle(centre, c.canvas_radius, fill=False, color=colour))
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     figure.suptitle(
-        f"Films on the canvas, {prepared.source} (circles: blue benign, orange malignant)"
+        f"{prepared.source}: films on the canvas; circles blue benign, orange malignant"
     )
-    common.show(figure, prepared.folder / "figures" / "films.png")
+    return figure
+
+
+if __name__ == "__main__":
+    common.show(plot_films(prepared), prepared.folder / "figures" / "films.png")
     print(f"\nprepared {len(labels)} films in {prepared.folder}. Next: python 04_train.py")

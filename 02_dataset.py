@@ -354,13 +354,13 @@ def augment(films, labels, generator, strength=1.0, maps=None):
     return films, None if maps is None else move(maps)
 
 
-if __name__ == "__main__":
-    row = int(np.flatnonzero((labels["label"] != NORMAL) & (labels["findings"] > 0))[0])
-    films = torch.from_numpy(prepared.films[[row] * 8][:, None]) / 255
+def plot_augmentation(dataset, row, generator, strength):
+    """Draw a film and eight variations of it as if it were malignant, its circles carried along."""
+    films = torch.from_numpy(dataset.films[[row] * 8][:, None]) / 255
     maps, _ = dataset.lesion_maps([row] * 8)
-    varied, varied_maps = augment(films, torch.full((8,), MALIGNANT), generator, 1.0, maps)
+    varied, moved = augment(films, torch.full((8,), MALIGNANT), generator, strength, maps)
     figure, axes = plt.subplots(1, 9, figsize=(10, 2.6), layout="constrained")
-    shown = [(films[0], maps[0])] + list(zip(varied, varied_maps))
+    shown = [(films[0], maps[0]), *zip(varied, moved)]
     for n, (axis, (film, lesion)) in enumerate(zip(axes, shown)):
         extent = (-0.5, film.shape[2] - 0.5, film.shape[1] - 0.5, -0.5)
         axis.imshow(film[0], cmap="gray", vmin=0, vmax=1, extent=extent)
@@ -368,7 +368,13 @@ if __name__ == "__main__":
             axis.contour(lesion.amax(0), [0.5], colors="#E69F00", extent=extent, origin="upper")
         axis.set_title("original" if n == 0 else str(n), fontsize=9)
         axis.axis("off")
-    figure.suptitle(f"{labels['image'][row]} under eight augmentations, its circles carried along")
+    figure.suptitle(f"Film {row} under eight augmentations, its circles carried along")
+    return figure
+
+
+if __name__ == "__main__":
+    row = int(np.flatnonzero(labels["label"] != NORMAL)[0])
+    figure = plot_augmentation(dataset, row, generator, settings.augment)
     common.show(figure, prepared.folder / "figures" / "augmentation.png")
 
 

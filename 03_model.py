@@ -243,8 +243,8 @@ def build_model(weights="auto", recipe="lesion", dropout=0.2, freeze=-1):
 
     Parameters
     ----------
-    weights : str
-        See `load_weights`.
+    weights : str or tuple
+        See `load_weights`; or what it returned, so that several models share one loading.
     recipe : str
         A key of `RECIPES`.
     dropout : float
@@ -261,7 +261,7 @@ def build_model(weights="auto", recipe="lesion", dropout=0.2, freeze=-1):
     """
     if not 0 <= dropout < 1 or not -1 <= freeze <= 5:
         raise UserError(f"dropout {dropout} (0 to below 1), freeze {freeze} (-1 to 5)")
-    state, name = load_weights(weights)
+    state, name = load_weights(weights) if isinstance(weights, str) else weights
     model = MammogramNet(recipe, dropout)
     if state is not None:
         rgb = resnet18(weights=None)

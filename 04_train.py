@@ -122,9 +122,11 @@ class Trainer:
         From step 1.
     fold : int
         The fold that is the test set; its films are never touched here.
+    weights : tuple
+        What `load_weights` of step 3 returned.
     """
 
-    def __init__(self, settings, prepared, fold):
+    def __init__(self, settings, prepared, fold, weights):
         self.settings, self.fold = settings, fold
         self.device = common.choose_device(settings.device)
         self.dtype = common.choose_precision(settings.precision, self.device)
@@ -137,13 +139,16 @@ class Trainer:
         self.training = data.MammogramDataset(prepared, parts["train"], labels)
         self.validation = data.MammogramDataset(prepared, parts["validation"], labels)
         kept = self.training.labels[self.training.rows]
+        # Circles of true labels would give shuffled ones away; own films may have none.
+        known = self.training.circles.ngroups > 0 and not settings.shuffle_labels
+        self.circles = settings.recipe == "lesion" and known
         self.class_weights = data.class_weights(kept).to(self.device)
         if settings.balance == "sampler":
             self.sampler = data.balanced_sampler(kept, self.generator)
         else:
             self.sampler = torch.utils.data.RandomSampler(self.training, generator=self.generator)
         model, self.weights_used = network.build_model(
-            settings.weights, settings.recipe, settings.dropout, settings.freeze
+            weights, settings.recipe, settings.dropout, settings.freeze
         )
         self.model = model.to(self.device, memory_format=torch.channels_last)
         # Single weights are noisy at 25 steps an epoch; their average over the last steps is not.
@@ -173,7 +178,7 @@ class Trainer:
         """Augment a batch, classify it, and return the loss to train on and the film logits."""
         films = films.to(self.device).float() / 255
         maps = None
-        if self.settings.recipe == "lesion" and not self.settings.shuffle_labels:
+        if self.circles:
             maps, known = self.training.lesion_maps(rows)
             maps, known = maps.to(self.device), known.to(self.device)
         films, maps = data.augment(films, labels, self.generator, self.settings.augment, maps)
@@ -296,7 +301,7 @@ HISTORY = [
 ]  # fmt: skip
 
 
-def fit_fold(settings, prepared, fold, folder, record):
+def fit_fold(settings, prepared, fold, weights, folder, record):
     """Train one fold, or go on with it.
 
     Parameters
@@ -307,6 +312,8 @@ def fit_fold(settings, prepared, fold, folder, record):
         From step 1.
     fold : int
         The fold that is the test set.
+    weights : tuple
+        What `load_weights` of step 3 returned.
     folder : Path
         runs/<run>.
     record : dict
@@ -321,7 +328,7 @@ def fit_fold(settings, prepared, fold, folder, record):
     whole : bool
         False if the user stopped it.
     """
-    trainer = Trainer(settings, prepared, fold)
+    trainer = Trainer(settings, prepared, fold, weights)
     target = folder / f"fold-{fold}"
     if settings.resume and (target / "last.pt").is_file():
         trainer.restore(load_last(target))
@@ -490,6 +497,27 @@ def describe_data(prepared):
     }
 
 
+def describe_run(settings, prepared, folder, trainer):
+    """Return settings.json: the settings, what they came to, and what the films are like."""
+    spread = data.film_statistics(prepared.films).quantile([0.005, 0.995])
+    return {
+        **asdict(trainer.settings),
+        "run": folder.name,
+        "source_used": prepared.source,
+        "weights_used": trainer.weights_used,
+        "frozen_stages": trainer.model.frozen,
+        "parameters_trained": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "device_used": str(trainer.device),
+        "precision_used": str(trainer.dtype)[6:],
+        "class_names": list(CLASS_NAMES),
+        "synthetic": prepared.source == "phantom",
+        "data": describe_data(prepared),
+        "film_statistics": {name: list(spread[name]) for name in spread},
+        "torch": str(torch.__version__),
+        "disclaimer": common.DISCLAIMER,
+    }
+
+
 def train(settings):
     """Train the folds that the settings name: the whole of this script in one call.
 
@@ -511,27 +539,23 @@ def train(settings):
     if not all(str(name).strip().isdigit() and int(name) < total for name in names):
         raise UserError(f"--fold {settings.fold}: expected 0 to {total - 1}, or all")
     with common.locked(folder):
-        spread = data.film_statistics(prepared.films).quantile([0.005, 0.995])
-        statistics = {name: list(spread[name]) for name in spread}
-        probe = Trainer(settings, prepared, int(list(names)[0]))
-        record = {
-            **asdict(settings), "run": folder.name, "weights_used": probe.weights_used,
-            "frozen_stages": probe.model.frozen, "precision_used": str(probe.dtype)[6:],
-            "device_used": str(probe.device), "class_names": list(CLASS_NAMES),
-            "source_used": prepared.source, "synthetic": prepared.source == "phantom",
-            "data": describe_data(prepared), "film_statistics": statistics,
-            "torch": str(torch.__version__), "disclaimer": common.DISCLAIMER,
-        }  # fmt: skip
+        weights = network.load_weights(settings.weights)
+        record = describe_run(settings, prepared, folder, Trainer(settings, prepared, 0, weights))
+        began = common.read_json(folder / "settings.json") if settings.resume else record
+        if began["weights_used"] != record["weights_used"]:
+            raise UserError(
+                f"{folder.name} began with the weights {began['weights_used']}, not "
+                f"{record['weights_used']}; name the same ones with --weights"
+            )
         common.write_json(record, folder / "settings.json")
-        trained = sum(p.numel() for p in probe.model.parameters() if p.requires_grad)
         print(
             f"run {folder.name}: {prepared.source}, {len(prepared.films)} films of "
-            f"{'x'.join(map(str, record['data']['size']))} px, recipe {settings.recipe}, weights "
-            f"{probe.weights_used}, {trained:,} parameters trained on {record['device_used']} in "
-            f"{record['precision_used']}"
+            f"{'x'.join(map(str, record['data']['size']))} px, recipe {settings.recipe}, weights: "
+            f"{record['weights_used']}, {record['parameters_trained']:,} parameters trained on "
+            f"{record['device_used']} in {record['precision_used']}"
         )
         for fold in map(int, names):
-            model, history, whole = fit_fold(settings, prepared, fold, folder, record)
+            model, history, whole = fit_fold(settings, prepared, fold, weights, folder, record)
             if not whole:
                 break
     history = pd.read_csv(folder / "history.csv") if (folder / "history.csv").is_file() else history

@@ -367,40 +367,55 @@ if __name__ == "__main__" and folder:
         print("Not all folds are trained: a figure for the whole database needs --fold all.")
 
 
-# %% Check by hand: accuracy, macro-F1 and AUC once more, with scikit-learn
+# %% Check by hand: accuracy, macro-F1 and AUC once more, and scikit-learn must agree
+def check_by_hand(predictions, metrics):
+    """Count accuracy, macro-F1 and AUC once more.
+
+    Returns
+    -------
+    check : DataFrame
+        by hand, scikit-learn, reported; an assertion holds them together.
+    """
+    label, predicted = predictions["label"].to_numpy(), predictions["predicted"].to_numpy()
+    hits = [((label == c) & (predicted == c)).sum() for c in range(3)]
+    named = [(label == c).sum() + (predicted == c).sum() for c in range(3)]
+    f1 = [2 * hit / max(count, 1) for hit, count in zip(hits, named)]
+    by_hand = {"accuracy": (label == predicted).mean(), "macro F1": np.mean(f1)}
+    library = {"accuracy": accuracy_score(label, predicted), "macro F1": macro_f1(label, predicted)}
+    score, positive = predictions["p_malignant"].to_numpy(), label == MALIGNANT
+    if 0 < positive.sum() < len(label):
+        above = score[positive][:, None] - score[~positive][None, :]
+        by_hand["AUC malignant"] = (np.sign(above) + 1).mean() / 2
+        library["AUC malignant"] = roc_auc_score(positive, score)
+    check = pd.DataFrame({"by hand": by_hand, "scikit-learn": library})
+    check["reported"] = metrics["value"]
+    assert np.allclose(check.sub(check["by hand"], axis=0), 0, atol=1e-5), check
+    return check
+
+
+def macro_f1(label, predicted):
+    """Return scikit-learn's macro-F1 over all three classes; one that never occurs counts 0."""
+    return f1_score(label, predicted, average="macro", labels=range(3), zero_division=0)
+
+
 if __name__ == "__main__" and folder:
-    label, predicted = predictions["label"], predictions["predicted"]
-    f1_by_hand = [
-        2
-        * ((label == c) & (predicted == c)).sum()
-        / max(((label == c).sum() + (predicted == c).sum()), 1)
-        for c in range(3)
-    ]
-    assert math.isclose((label == predicted).mean(), accuracy_score(label, predicted))
-    assert math.isclose(
-        np.mean(f1_by_hand),
-        f1_score(label, predicted, average="macro", labels=range(3), zero_division=0),
-    )
-    assert math.isclose(
-        metrics.loc["accuracy", "value"], accuracy_score(label, predicted), abs_tol=1e-6
-    )
-    assert math.isclose(metrics.loc["macro F1", "value"], np.mean(f1_by_hand), abs_tol=1e-6)
-    sklearn_auc = roc_auc_score(label == MALIGNANT, predictions["p_malignant"])
-    assert math.isclose(metrics.loc["AUC malignant", "value"], sklearn_auc, abs_tol=1e-6)
+    check = check_by_hand(predictions, metrics)
+    common.table(check.round(4), "counted by hand, by scikit-learn, and as reported above")
     report = pd.DataFrame(
         classification_report(
-            label,
-            predicted,
-            labels=range(3),
-            target_names=CLASS_NAMES,
-            output_dict=True,
-            zero_division=0,
+            predictions["label"], predictions["predicted"], labels=range(3),
+            target_names=CLASS_NAMES, output_dict=True, zero_division=0,
         )
-    ).T
+    ).T  # fmt: skip
     common.table(report.round(3), f"classification report; {scope}")
 
 
 # %% Look: the curves of the training, and the confusion matrix
+def two_lines(scope):
+    """Break a title before the seed, so that it fits the Plots pane."""
+    return scope.replace(", seed", ",\nseed")
+
+
 def plot_confusion(predictions, scope):
     """Draw the confusion matrix, counts with row percentages."""
     counts = pd.crosstab(predictions["label"], predictions["predicted"])
@@ -412,7 +427,7 @@ def plot_confusion(predictions, scope):
                 xticklabels=CLASS_NAMES, yticklabels=CLASS_NAMES,
                 cbar_kws={"label": "share of the true class"})  # fmt: skip
     axis.set(xlabel="predicted", ylabel="true")
-    axis.set_title(scope, fontsize=8)
+    axis.set_title(two_lines(scope), fontsize=8)
     return figure
 
 
@@ -421,7 +436,7 @@ if __name__ == "__main__" and folder:
     note = " - SYNTHETIC PHANTOMS" if record["synthetic"] else ""
     figure = training.plot_history(history, f"{folder.name}: dots mark the epochs kept{note}")
     common.show(figure, folder / "figures" / "history.png")
-    figure = plot_confusion(predictions, scope.replace(", seed", ",\nseed"))
+    figure = plot_confusion(predictions, scope)
     common.show(figure, folder / "figures" / "confusion.png")
 
 
@@ -431,24 +446,30 @@ def beside_the_claim(metrics, predictions):
     label = predictions["label"]
     trivial = pd.Series(NORMAL, label.index)
     always = {"accuracy": accuracy_score(label, trivial), "malignant recall": 0.0,
-              "macro F1": f1_score(label, trivial, average="macro", labels=range(3),
-                                   zero_division=0)}  # fmt: skip
+              "macro F1": macro_f1(label, trivial)}  # fmt: skip
     rows = metrics.loc[list(CLAIM), ["value", "low", "high"]]
     return rows.assign(**{"always normal": pd.Series(always), "claim": pd.Series(CLAIM)})
+
+
+def plot_claim(claim, scope):
+    """Draw what `beside_the_claim` returns, with the intervals."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    places = np.arange(len(claim))
+    errors = [claim["value"] - claim["low"], claim["high"] - claim["value"]]
+    axis.bar(places, claim["value"], 0.5, yerr=errors, capsize=4, color="#0072B2", label="this run")
+    axis.plot(places, claim["claim"], "D", color="#D55E00", label="claim, protocol unpublished")
+    axis.plot(places, claim["always normal"], "_k", ms=28, mew=2, label="always normal")
+    axis.set(xticks=places, xticklabels=claim.index, ylim=(0, 1.35), ylabel="test value")
+    axis.set_yticks(np.arange(0, 1.1, 0.2))
+    axis.set_title(two_lines(scope), fontsize=8)
+    axis.legend(fontsize=8, loc="upper center", ncols=3, markerscale=0.6)
+    return figure
 
 
 if __name__ == "__main__" and folder:
     claim = beside_the_claim(metrics, predictions)
     common.table(claim.round(3), f"the claim has no published protocol; {scope}")
-    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    places = np.arange(len(claim))
-    errors = [claim["value"] - claim["low"], claim["high"] - claim["value"]]
-    axis.bar(places, claim["value"], 0.5, yerr=errors, capsize=4, color="#0072B2", label="this run")
-    axis.plot(places, claim["claim"], "D", color="#D55E00", label="claim, protocol unpublished")
-    axis.plot(places, claim["always normal"], "_", color="black", ms=28, label="always normal")
-    axis.set(xticks=places, xticklabels=claim.index, ylim=(0, 1.02), ylabel="test value")
-    axis.set_title(scope.replace(", seed", ",\nseed"), fontsize=8)
-    axis.legend(fontsize=8)
+    figure = plot_claim(claim, scope)
     common.show(figure, folder / "figures" / "claim.png")
 
 
@@ -470,7 +491,7 @@ def plot_roc(predictions, metrics, recall, scope):
               label=f"threshold from validation, wanted recall {recall}")  # fmt: skip
     axis.plot([0, 1], [0, 1], "--", color="#999999", label="chance")
     axis.set(xlabel="1 - specificity", ylabel="sensitivity (recall)", aspect="equal")
-    axis.set_title(scope.replace(", seed", ",\nseed"), fontsize=8)
+    axis.set_title(two_lines(scope), fontsize=8)
     axis.legend(fontsize=8, loc="lower right")
     return figure
 
@@ -507,25 +528,31 @@ def calibration_errors(probabilities, labels, bins=10):
     return brier, float(sum(gaps) / len(labels))
 
 
-if __name__ == "__main__" and folder:
-    labels = predictions["label"].to_numpy()
-    versions = {
-        "before": network.softmax(reading.logits),
-        "after": predictions[PROBABILITIES].to_numpy(),
-    }
-    errors = {name: calibration_errors(p, labels) for name, p in versions.items()}
-    calibration = pd.DataFrame(errors, index=["Brier score", "ECE"])
-    common.table(calibration.round(3), f"calibration before and after the temperature; {scope}")
+def plot_calibration(versions, labels, title):
+    """Draw the reliability diagram of several {name: probabilities (n, 3)}."""
     figure, axis = plt.subplots(figsize=(4.8, 4.4), layout="constrained")
     for (name, p), colour in zip(versions.items(), ("#999999", "#0072B2")):
-        true, said = calibration_curve(p.argmax(1) == labels, p.max(1), n_bins=10)
-        brier, ece = errors[name]
+        share, confidence = calibration_curve(p.argmax(1) == labels, p.max(1), n_bins=10)
+        brier, ece = calibration_errors(p, labels)
         text = f"{name}: Brier {brier:.2f}, ECE {ece:.2f}"
-        axis.plot(said, true, "o-", color=colour, label=text)
+        axis.plot(confidence, share, "o-", color=colour, label=text)
     axis.plot([0, 1], [0, 1], "--", color="black", lw=1, label="perfect")
     axis.set(xlabel="highest probability", ylabel="share of right answers", xlim=(0.3, 1))
-    axis.set_title(f"Reliability, n = {len(labels)}{note}", fontsize=9)
+    axis.set_title(title, fontsize=9)
     axis.legend(fontsize=8)
+    return figure
+
+
+if __name__ == "__main__" and folder:
+    label = predictions["label"].to_numpy()
+    calibrated = predictions[PROBABILITIES].to_numpy()
+    versions = {"before": network.softmax(reading.logits), "after": calibrated}
+    calibration = pd.DataFrame(
+        {name: calibration_errors(p, label) for name, p in versions.items()},
+        index=["Brier score", "ECE"],
+    )
+    common.table(calibration.round(3), f"calibration before and after the temperature; {scope}")
+    figure = plot_calibration(versions, label, f"Reliability, n = {len(label)} films{note}")
     common.show(figure, folder / "figures" / "calibration.png")
 
 
@@ -556,21 +583,28 @@ def by_group(predictions, prepared):
     return pd.DataFrame(rows, columns=columns)
 
 
+def plot_groups(groups, false_alarms, title):
+    """Draw the share called abnormal in each group; the line is that of normal films."""
+    figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    names = [f"{g.group} {g.value} (n = {g.n})" for g in groups.itertuples()][::-1]
+    shares = groups["called abnormal"].to_numpy()[::-1]
+    spread = np.abs(groups[["low", "high"]].to_numpy()[::-1].T - shares)
+    colours = groups["group"].map({"finding": "#0072B2", "tissue": "#009E73", "radius": "#CC79A7"})
+    axis.barh(names, shares, xerr=spread, capsize=3, color=colours[::-1])
+    axis.axvline(false_alarms, color="black", ls="--", label="normal films")
+    axis.set(xlabel="share called abnormal", xlim=(0, 1))
+    axis.set_title(title, fontsize=9)
+    axis.legend(fontsize=8, loc="upper right")
+    return figure
+
+
 if __name__ == "__main__" and folder:
     groups = by_group(predictions, prepared)
     common.table(groups.round(2), f"abnormal films and findings, by group; {scope}")
     if len(groups):
-        figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-        names = [f"{g.group} {g.value} (n = {g.n})" for g in groups.itertuples()][::-1]
-        shares = groups["called abnormal"].to_numpy()[::-1]
-        spread = np.abs(groups[["low", "high"]].to_numpy()[::-1].T - shares)
-        colours = dict(zip(("finding", "tissue", "radius"), ("#0072B2", "#009E73", "#CC79A7")))
-        axis.barh(names, shares, xerr=spread, capsize=3, color=groups["group"][::-1].map(colours))
-        false_alarms = (predictions["predicted"] != NORMAL)[predictions["label"] == NORMAL].mean()
-        axis.axvline(false_alarms, color="black", ls="--", label="of normal films")
-        axis.set(xlabel="share called abnormal", xlim=(0, 1))
-        axis.set_title(f"Found by group, 95 % Wilson intervals{note}", fontsize=9)
-        axis.legend(fontsize=8, loc="lower right")
+        called = predictions["predicted"] != NORMAL
+        false_alarms = called[predictions["label"] == NORMAL].mean()
+        figure = plot_groups(groups, false_alarms, f"By group, 95 % Wilson intervals{note}")
         common.show(figure, folder / "figures" / "groups.png")
 
 
@@ -611,7 +645,7 @@ def pointing_game(predictions, reading, prepared):
     return pd.DataFrame(rows, columns=["image", "type", "cam", "places", "chance"])
 
 
-def draw_film(axis, image, film, overlay, prepared):
+def draw_film(axis, image, overlay, prepared):
     """Draw a film with a map over its breast and the radiologists' circles, in film pixels.
 
     Parameters
@@ -619,23 +653,25 @@ def draw_film(axis, image, film, overlay, prepared):
     axis : matplotlib Axes
         Where to draw.
     image : str
-        Name of the film in `prepared`.
-    film : ndarray of uint8 or None
-        The original; None draws the canvas carried back.
+        Name of the film in `prepared`; it is shown as the canvas keeps it, carried back.
     overlay : ndarray of float, shape (h, w)
         Over the canvas.
     prepared : Prepared
-        The geometry and the circles.
+        The films, the geometry and the circles.
     """
     row = prepared.table[prepared.table["image"] == image].iloc[0]
     g = prepare.Geometry(*row[list(prepare.Geometry._fields)])
-    if film is None:
-        film = canvas_on_film(prepared.films[row.name], g, prepared.films.shape[1:])
-    axis.imshow(film, cmap="gray", vmin=0, vmax=255)
-    heat = canvas_on_film(overlay, g, prepared.films.shape[1:])
-    axis.imshow(heat, cmap="inferno", alpha=np.clip(heat / max(heat.max(), 1e-9), 0, 1) * 0.6)
+    size = prepared.films.shape[1:]
+    draw_heat(axis, canvas_on_film(prepared.films[row.name], g, size),
+              canvas_on_film(overlay, g, size))  # fmt: skip
     for c in prepared.findings[prepared.findings["image"] == image].dropna().itertuples():
         axis.add_patch(plt.Circle((c.x, c.y), c.radius, fill=False, color="#56B4E9", lw=1.2))
+
+
+def draw_heat(axis, film, heat):
+    """Draw a heat map over a film of the same shape, clearer where it is cold."""
+    axis.imshow(film, cmap="gray", vmin=0, vmax=255)
+    axis.imshow(heat, cmap="inferno", alpha=0.6 * np.clip(heat / max(heat.max(), 1e-9), 0, 1))
     axis.set(xticks=[], yticks=[])
 
 
@@ -652,38 +688,48 @@ def canvas_on_film(values, g, size):
     return film
 
 
+def pointing_table(points):
+    """Return the share of hits of each map with its Wilson interval, beside chance."""
+    rows = {}
+    for name in ("cam", "places"):
+        low, high = wilson(int(points[name].sum()), len(points))
+        rows[name] = {"n": len(points), "hits": points[name].mean(), "low": low, "high": high,
+                      "chance": points["chance"].mean()}  # fmt: skip
+    return pd.DataFrame(rows).T
+
+
 if __name__ == "__main__" and folder:
     points = pointing_game(predictions, reading, prepared)
-    pointing = pd.DataFrame()
-    if len(points):
-        shares = points[["cam", "places"]].mean()
-        bounds = [wilson(int(points[c].sum()), len(points)) for c in ("cam", "places")]
-        pointing = pd.DataFrame(
-            {"hits": shares, "low": [b[0] for b in bounds], "high": [b[1] for b in bounds]}
-        )
-        pointing["chance"] = points["chance"].mean()
-        common.table(pointing.round(3), f"pointing game over {len(points)} usable circles")
+    pointing = pointing_table(points)
+    common.table(pointing.round(3), f"pointing game over {len(points)} usable circles")
 
 
 # %% Look: the surest hits, the worst misses and the false alarms
-if __name__ == "__main__" and folder:
+def plot_sheet(predictions, reading, prepared, title):
+    """Draw Grad-CAM over the five most telling films of each kind."""
     malignant = predictions[predictions["label"] == MALIGNANT].sort_values("p_malignant")
     normal = predictions[predictions["label"] == NORMAL].sort_values("p_malignant")
     sheet = {
-        "surest hits": malignant.iloc[::-1][:5],
-        "worst misses": malignant[:5],
-        "false alarms": normal.iloc[::-1][:5],
+        "surest hits": malignant[::-1],
+        "worst misses": malignant,
+        "false alarms": normal[::-1],
     }
     figure, axes = plt.subplots(3, 5, figsize=(9, 6.6), layout="constrained")
-    for (title, part), line in zip(sheet.items(), axes):
-        line[0].set_ylabel(title)
+    for (kind, films), line in zip(sheet.items(), axes):
         for axis in line:
-            axis.set(xticks=[], yticks=[])
-        for axis, n in zip(line, part.index):
-            row = predictions.loc[n]
-            draw_film(axis, row["image"], None, reading.cams[n], prepared)
+            axis.axis("off")
+        for axis, (n, row) in zip(line, films.head(5).iterrows()):
+            axis.axis("on")
+            draw_film(axis, row["image"], reading.cams[n], prepared)
             axis.set_title(f"{row['image']}  p = {row['p_malignant']:.2f}", fontsize=8)
-    figure.suptitle(f"Grad-CAM, p of malignant, blue: the radiologists' circles{note}", fontsize=10)
+        line[0].set_ylabel(kind)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+if __name__ == "__main__" and folder:
+    title = f"Grad-CAM, p of malignant; blue: the radiologists' circles{note}"
+    figure = plot_sheet(predictions, reading, prepared, title)
     common.show(figure, folder / "figures" / "gradcam.png")
 
 
@@ -741,12 +787,8 @@ def read_own_films(paths, folder, record, settings):
             common.warn(f"{path.name} is {note}; the models were never tried on such films")
         figure, axes = plt.subplots(1, 2, figsize=(7, 4.2), layout="constrained")
         heat = canvas_on_film(np.mean([r.cams[0] for r in readings], axis=0), g, size)
-        for axis in axes:
-            axis.imshow(film, cmap="gray", vmin=0, vmax=255)
-            axis.set(xticks=[], yticks=[])
-        axes[1].imshow(
-            heat, cmap="inferno", alpha=np.clip(heat / max(heat.max(), 1e-9), 0, 1) * 0.6
-        )
+        draw_heat(axes[0], film, np.zeros(film.shape))
+        draw_heat(axes[1], film, heat)
         axes[0].set_title(path.name, fontsize=9)
         axes[1].set_title(", ".join(f"{c} {v:.2f}" for c, v in zip(CLASS_NAMES, p)), fontsize=9)
         figure.suptitle(common.DISCLAIMER, fontsize=8)

@@ -620,7 +620,7 @@ def phantom_lesion(rng, finding, core, radius):
     y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
     distance, angle = np.hypot(x, y) / core, np.arctan2(y, x)
     malignant, contrast = finding.endswith("M"), rng.uniform(0.4, 1.0)
-    lobes, blur = 0.04 if finding == "CIRC B" else 0.1, 0.12 if malignant else 0.04
+    lobes, blur = 0.04 if finding == "CIRC B" else 0.12, 0.12 if malignant else 0.04
     outline = 1 + sum(
         lobes * rng.uniform(-1, 1) * np.cos(k * angle + rng.uniform(0, 2 * np.pi))
         for k in range(2, 8 if malignant else 4)
@@ -629,7 +629,7 @@ def phantom_lesion(rng, finding, core, radius):
     for direction in rng.uniform(0, 2 * np.pi, rng.integers(9, 18) if malignant else 0):
         off_axis = np.angle(np.exp(1j * (angle - direction))) * distance
         taper = np.clip(1 - distance / rng.uniform(1.45, radius / core), 0, 1)
-        mass = np.maximum(mass, np.exp(-((off_axis / 0.1) ** 2)) * np.sqrt(taper))
+        mass = np.maximum(mass, np.exp(-((off_axis / 0.17) ** 2)) * np.sqrt(taper))
     return contrast * mass
 
 

@@ -140,6 +140,12 @@ class SpyderKernel:
         magic = f"%runcell -i {index} {shlex.quote(os.path.abspath(path))}"
         return self.execute(magic, interrupt_after, timeout, cells[index][0])
 
+    def run_file(self, path, args=""):
+        """Run the whole saved script with command-line arguments, as F5 does."""
+        self._editor = {"get_file_code": Path(path).read_text(encoding="utf-8")}
+        magic = f"%runfile {shlex.quote(os.path.abspath(path))} --args {shlex.quote(args)} --wdir"
+        return self.execute(magic)
+
     def execute(self, code, interrupt_after="", timeout=None, title=""):
         """Run plain code, as typed in the console."""
         request = self._client.execute(code, allow_stdin=False)

@@ -263,7 +263,7 @@ def test_grey_network_gives_what_rgb_resnet18_gives_on_three_equal_channels(
     assert wanted.std() > 0.05 and torch.allclose(logits, wanted, 1e-5, 1e-5)
 
 
-def learn(model, steps=2):
+def learn(model, steps=1):
     """Train a little on noise."""
     groups = network.parameter_groups(model, 0.01, 0.01)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
