@@ -51,7 +51,7 @@ STRENGTHS = pd.DataFrame(
     {
         "rotation": [15.0, 10.0, 15.0],  # degrees
         "scale": [0.15, 0.10, 0.15],  # share of the size
-        "shift": [0.06, 0.04, 0.06],  # share of the canvas side
+        "shift": [0.03, 0.02, 0.03],  # share of the canvas side
         "mirror": [0.5, 0.5, 0.5],  # probability of turning the film upside down
         "gamma": [0.30, 0.20, 0.30],  # exponent between exp(-0.3) and exp(0.3)
         "contrast": [0.25, 0.15, 0.25],  # share of the grey values' spread
@@ -168,6 +168,8 @@ class MammogramDataset(Dataset):
         self.labels = prepared.labels["label"].to_numpy() if labels is None else labels
         self.labels = torch.as_tensor(self.labels.copy())
         self.circles = prepared.findings.dropna(subset=["canvas_radius"]).groupby("image")
+        unplaced = prepared.findings["canvas_radius"].isna()
+        self.unplaced = set(prepared.findings.loc[unplaced, "image"])
 
     @classmethod
     def of_canvases(cls, canvases):
@@ -221,6 +223,7 @@ class MammogramDataset(Dataset):
                     maps[n, int(circle.severity == "M")][inside] = 1
             else:
                 known[n] = self.prepared.labels["label"].iat[row] == NORMAL
+            known[n] &= image not in self.unplaced
         return torch.from_numpy(maps), torch.from_numpy(known)
 
 
@@ -340,7 +343,7 @@ def augment(films, labels, generator, strength=1.0, maps=None):
     theta[:, 0, 1] = -scale * torch.sin(angle) * aspect * flip
     theta[:, 1, 0] = scale * torch.sin(angle) / aspect
     theta[:, 1, 1] = scale * torch.cos(angle) * flip
-    theta[:, :, 2] = draw[:, 3:5] * limits[:, 2:3]
+    theta[:, :, 2] = 2 * draw[:, 3:5] * limits[:, 2:3]  # the canvas is 2 wide
     theta = theta.to(films.device)
 
     def move(images):

@@ -9,6 +9,8 @@ Out: build_model() and what belongs to it. Nothing is written.
 
 # %% Imports: this script finds its own folder first, whatever the working directory is
 import importlib
+import pickle
+import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,7 +204,10 @@ def load_weights(weights):
     try:
         if not cached.is_file():
             common.contact(chosen.url)
-        return chosen.get_state_dict(progress=True, check_hash=True), "ImageNet (IMAGENET1K_V1)"
+        state = chosen.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        return state, "ImageNet (IMAGENET1K_V1)"
+    except (pickle.UnpicklingError, EOFError, IndexError, struct.error):
+        raise UserError(f"{cached} is damaged or no state dict; delete it, run again") from None
     except (OSError, RuntimeError) as error:
         reason = str(getattr(error, "reason", error))
     if weights == "imagenet":
@@ -267,7 +272,7 @@ def build_model(weights="auto", recipe="lesion", dropout=0.2, freeze=-1):
         rgb = resnet18(weights=None)
         rgb.load_state_dict(state, strict=False)
         grey = GreyConv2d(rgb.conv1).state_dict()
-        state = {n: v for n, v in state.items() if n != "conv1.weight"}
+        state = {n: v for n, v in state.items() if n != "conv1.weight" and n[:3] != "fc."}
         state.update({f"conv1.{n}": v for n, v in grey.items()})
         model.backbone.load_state_dict(state)
     return model.freeze((0 if state is None else 3) if freeze < 0 else freeze), name

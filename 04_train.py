@@ -11,6 +11,7 @@ Out: runs/<run>/settings.json, history.csv, figures/, fold-K/best.pt and fold-K/
 
 # %% Imports: this script finds its own folder first, whatever the working directory is
 import importlib
+import re
 import shutil
 import sys
 import time
@@ -65,8 +66,8 @@ class Settings:
     label_smoothing: float = 0.1  # share of the target spread over the classes
     lesion_weight: float = 1.0  # weight of the circles' loss beside the films'; recipe lesion only
     ema: float = 0.97  # share of the averaged weights kept at each step; the average is judged
-    lr_patience: int = 0  # epochs without a better loss that halve the rates; 0: a fifth of epochs
-    patience: int = 0  # epochs without a better loss that end the training; 0: half of epochs
+    lr_patience: int = 0  # epochs without a better loss that halve the rates; 0: a fifth of all
+    patience: int = 0  # epochs without a better loss that end the training; 0: half of all
     max_norm: float = 5.0  # gradients longer than this are shortened to it
     # machine
     seed: int = 0  # of weights, order, augmentation and dropout
@@ -158,16 +159,17 @@ class Trainer:
         settings = self.settings = replace(
             settings,
             epochs=epochs,
-            lr_patience=settings.lr_patience or max(epochs // 5, 1),
+            lr_patience=settings.lr_patience or epochs // 5 + 1,
             patience=settings.patience or max(epochs // 2, 1),
             backbone_lr=settings.lr if random_start else settings.backbone_lr,
         )
         groups = network.parameter_groups(self.model, settings.lr, settings.backbone_lr)
         self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer, factor=0.5, patience=settings.lr_patience
+            self.optimizer, factor=0.5, patience=settings.lr_patience - 1
         )
         self.epoch, self.best_loss, self.best_epoch, self.history = 0, float("inf"), 0, []
+        self.saved = 0  # the epoch of last.pt
 
     def blend(self, average, current, steps):
         """Move the averaged weights a step towards the current ones, faster in the beginning."""
@@ -259,6 +261,7 @@ class Trainer:
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_generator"])
         self.epoch, self.history = state["epoch"], state["history"]
+        self.saved = self.epoch
         self.best_loss, self.best_epoch = state["best_loss"], state["best_epoch"]
 
     def finished(self):
@@ -332,18 +335,18 @@ def fit_fold(settings, prepared, fold, weights, folder, record):
     target = folder / f"fold-{fold}"
     if settings.resume and (target / "last.pt").is_file():
         trainer.restore(load_last(target))
+        write_history(trainer, target)  # a run may be killed between last.pt and history.csv
+    for part in folder.rglob(".*.part"):
+        part.unlink()  # of a killed run; the folder is locked, so nobody writes it now
     stopped = False
     try:
         while not trainer.finished():
             run_epoch(trainer, target, record)
-            write_history(folder)
     except KeyboardInterrupt:
         stopped = True
-        print(
-            f"\nstopped in epoch {trainer.epoch + 1}; the state of epoch {trainer.epoch} is saved"
-        )
+        print(f"\nstopped; the state of epoch {trainer.saved} is saved")
     except RuntimeError as error:
-        if "out of memory" not in str(error).lower():
+        if not re.search("out of memory|allocate memory|not enough memory", str(error).lower()):
             raise
         raise UserError(
             f"the device ran out of memory; try --batch-size {max(settings.batch_size // 2, 1)}"
@@ -362,6 +365,11 @@ def run_epoch(trainer, target, record):
     train_loss, train_accuracy = trainer.train_epoch(progress)
     speed = count / (time.perf_counter() - start)
     logits, labels, metrics = trainer.validate()
+    if not np.isfinite(metrics["val_loss"]):
+        raise UserError(
+            f"the validation loss became {metrics['val_loss']} in epoch {trainer.epoch + 1}; the "
+            "last good checkpoint is kept. Try a lower --lr"
+        )
     trainer.scheduler.step(metrics["val_loss"])
     trainer.epoch += 1
     row = {
@@ -389,7 +397,8 @@ def run_epoch(trainer, target, record):
         }
         save_checkpoint(best, target / "best.pt")
     save_checkpoint({**trainer.state(), "record": record}, target / "last.pt")
-    common.write_csv(pd.DataFrame(trainer.history, columns=HISTORY), target / "history.csv")
+    trainer.saved = trainer.epoch
+    write_history(trainer, target)
     left = (trainer.settings.epochs - trainer.epoch) * row["seconds"]
     progress.close(
         f"fold {trainer.fold} epoch {trainer.epoch:2d}/{trainer.settings.epochs}  "
@@ -416,8 +425,10 @@ def load_last(target):
         raise UserError(f"{error}.{offer} To train this fold anew, delete {target}") from None
 
 
-def write_history(folder):
-    """Put the folds' histories together in history.csv."""
+def write_history(trainer, target):
+    """Write a fold's history.csv, and put the folds' histories together in the run's."""
+    common.write_csv(pd.DataFrame(trainer.history, columns=HISTORY), target / "history.csv")
+    folder = target.parent
     parts = sorted(folder.glob("fold-*/history.csv"))
     common.write_csv(pd.concat([pd.read_csv(p) for p in parts]), folder / "history.csv")
 
@@ -449,8 +460,11 @@ def open_run(settings, prepared):
     UserError
         If the name is taken, or data, split or a setting differ from the run's.
     """
-    if settings.run and not all(c.isalnum() or c in "-_. " for c in settings.run):
-        raise UserError(f"--run {settings.run!r}: letters, digits, blank, '-', '_' and '.' only")
+    allowed = all(c.isalnum() or c in "-_. " for c in settings.run)
+    if not allowed or settings.run != settings.run.strip(". "):  # ".." leads out of runs/
+        raise UserError(
+            f"--run {settings.run!r}: letters, digits, and inside also blank, '-', '_' and '.'"
+        )
     described = describe_data(prepared)
     if settings.resume:
         folder = common.runs_dir(settings.run) if settings.run else newest_run()
@@ -478,9 +492,12 @@ def open_run(settings, prepared):
         taken = [int(p.name[-3:]) for p in common.runs_dir().glob(f"{stem}-[0-9][0-9][0-9]")]
         name = f"{stem}-{max(taken, default=0) + 1:03d}"
     folder = common.runs_dir(name)
-    if folder.exists() and any(folder.glob("*")) and not settings.overwrite:
+    used = folder.exists() and any(p.name != ".lock" for p in folder.glob("*"))
+    if used and not settings.overwrite:
         raise UserError(f"the run {name} exists; choose another --run, --resume or --overwrite")
     if folder.exists():
+        with common.locked(folder):
+            pass  # a run that is being trained is not deleted
         shutil.rmtree(folder)
     return settings, folder
 
@@ -518,6 +535,14 @@ def describe_run(settings, prepared, folder, trainer):
     }
 
 
+def named_folds(text, total):
+    """Return the folds that --fold names, or end with a message."""
+    names = range(total) if text == "all" else text.split(",")
+    if not all(str(name).strip().isdecimal() and int(name) < total for name in names):
+        raise UserError(f"--fold {text}: expected 0 to {total - 1}, or all")
+    return [int(name) for name in names]
+
+
 def train(settings):
     """Train the folds that the settings name: the whole of this script in one call.
 
@@ -533,11 +558,10 @@ def train(settings):
     if settings.epochs < 0 or settings.batch_size < 1 or settings.lr <= 0:
         raise UserError("batch size must be at least 1, epochs not negative, the rate above 0")
     prepared = data.prepared_source(settings.source)
-    settings, folder = open_run(settings, prepared)
     total = int(prepared.splits["fold"].max()) + 1
-    names = range(total) if settings.fold == "all" else settings.fold.split(",")
-    if not all(str(name).strip().isdigit() and int(name) < total for name in names):
-        raise UserError(f"--fold {settings.fold}: expected 0 to {total - 1}, or all")
+    named_folds(settings.fold, total)  # before open_run deletes anything
+    settings, folder = open_run(settings, prepared)
+    names = named_folds(settings.fold, total)
     with common.locked(folder):
         weights = network.load_weights(settings.weights)
         record = describe_run(settings, prepared, folder, Trainer(settings, prepared, 0, weights))

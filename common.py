@@ -283,8 +283,10 @@ def read_checkpoint(path):
             f"{path} holds more than tensors and plain values (or is damaged); it was not loaded, "
             "since such a file can run code. Save a state_dict instead"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except PermissionError:
+        raise
+    except Exception as error:  # damage shows as IndexError, struct.error, EOFError, ...
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is damaged or no torch file ({reason}); get it again") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, expected a state dict")
