@@ -382,7 +382,8 @@ def run_epoch(trainer, target, record):
         "seconds": time.perf_counter() - start,
         "films_per_second": speed,
     }
-    trainer.history.append({name: float(value) for name, value in row.items()})
+    whole = ("fold", "epoch")
+    trainer.history.append({n: int(v) if n in whole else float(v) for n, v in row.items()})
     better = metrics["val_loss"] < trainer.best_loss
     if better:
         trainer.best_loss, trainer.best_epoch = metrics["val_loss"], trainer.epoch

@@ -113,7 +113,10 @@ def load_folds(folder, record, device="auto"):
 
 
 def open_run(name):
-    """Return the folder and the settings.json of a run, the newest by default."""
+    """Return the folder and the settings.json of a run; by default the newest, or a first one."""
+    if not name and not any(common.runs_dir().glob("*/settings.json")):
+        print("there is no run yet; training one with the default settings of step 4")
+        training.train(training.Settings())
     folder = common.runs_dir(name) if name else training.newest_run()
     if not (folder / "settings.json").is_file():
         found = sorted(p.parent.name for p in common.runs_dir().glob("*/settings.json"))
@@ -130,20 +133,10 @@ if __name__ == "__main__":
         folder, record = open_run(settings.run)
         folds = load_folds(folder, record, settings.device)
         prepared = data.prepared_source(record["source_used"])
-        common.table(
-            pd.DataFrame(
-                [
-                    {
-                        "fold": f.number,
-                        "best epoch": f.epoch,
-                        "temperature": f.temperature,
-                        "validation films": len(f.validation["labels"]),
-                    }
-                    for f in folds
-                ]
-            ),
-            f"run {folder.name}, {record['source_used']}, weights: {record['weights_used']}",
-        )
+        chosen = [(f.number, f.epoch, f.temperature, len(f.validation["labels"])) for f in folds]
+        columns = ["fold", "best epoch", "temperature", "validation films"]
+        title = f"run {folder.name}, {record['source_used']}, weights: {record['weights_used']}"
+        common.table(pd.DataFrame(chosen, columns=columns).round(2), title)
 
 
 # %% Predict: every film by the model that never saw its patient, and where that model looked

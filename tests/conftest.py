@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; pytest-xdist uses the other core
+
 import matplotlib
 import pytest
 import torch
@@ -14,7 +16,7 @@ import torch
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 matplotlib.use("Agg")  # in the tests only; in the scripts it would empty the Plots pane
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 prepare = importlib.import_module("01_prepare_data")
 SMALL = {"source": "phantom", "patients": 24, "phantom_size": 256, "size": "128x72"}

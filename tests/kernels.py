@@ -260,7 +260,7 @@ def run_as_notebook(path, cwd, env=None, timeout=300):
             "--set-kernel",
             KERNEL,
             "--run-path",
-            str(cwd),
+            os.path.abspath(cwd),  # jupytext would take a relative one from the script's folder
             "--output",
             str(Path(folder, "out.ipynb")),
             os.path.abspath(path),

@@ -26,6 +26,7 @@ COLUMNS = (
     "fold,epoch,lr,train_loss,train_accuracy,val_loss,val_accuracy,val_macro_f1,"
     "val_malignant_recall,seconds,films_per_second"
 ).split(",")
+RANDOM = (None, "none (random start)")  # what load_weights returns for "none"
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +149,7 @@ def test_no_film_of_a_test_patient_is_read_while_training(tiny):
             return tiny.films[rows]
 
     guarded = tiny._replace(films=Guarded())
-    step.fit_fold(wanted(epochs=2), guarded, 1, common.runs_dir("guarded"), {})
+    step.fit_fold(wanted(epochs=2), guarded, 1, RANDOM, common.runs_dir("guarded"), {})
     assert test and len(set(reads)) > 8 and not test & set(reads)
 
 
@@ -161,7 +162,7 @@ def test_rare_classes_count_by_the_sampler_or_the_loss_but_never_both(tiny, bala
         seen.append(weights)
         return whole(logits, labels, weights, smoothing)
 
-    trainer = step.Trainer(wanted(balance=balance), tiny, 0)
+    trainer = step.Trainer(wanted(balance=balance), tiny, 0, RANDOM)
     monkeypatch.setattr(step, "film_loss", spy)
     trainer.train_epoch(common.Progress(1, ""))
     assert {w is not None for w in seen} == {balance == "loss"}
@@ -182,7 +183,7 @@ def test_shuffled_labels_move_between_patients_and_pairs_stay_together(tiny):
     pairs, moved = (t.groupby("patient")["label"].apply(tuple) for t in (labels, mixed))
     assert sorted(pairs) == sorted(moved) and (pairs != moved).sum() > 10
     assert (mixed["label"] != step.shuffled_labels(labels, 1)).any()
-    trainer = step.Trainer(wanted(shuffle_labels=True), tiny, 0)
+    trainer = step.Trainer(wanted(shuffle_labels=True), tiny, 0, RANDOM)
     for part in (trainer.training, trainer.validation):
         assert part.labels.tolist() == step.shuffled_labels(tiny.labels, 0).tolist()
 
@@ -233,7 +234,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 step = importlib.import_module("04_train")
 step.network.resnet18 = lambda weights: ResNet(BasicBlock, [1, 1, 1, 1])
 runs = step.common.runs_dir()
-quick = dict(source="phantom", weights="none", epochs=3, precision="fp32", freeze=4, device="cpu")
+quick = dict(source="phantom", weights="none", epochs=3, precision="fp32", freeze=5, device="cpu")
 counts = dict(kills=0, resumes=0, in_writes=0, finished=0, failed=0, lives=0)
 
 def life(name, delay, in_write):
@@ -250,7 +251,7 @@ def life(name, delay, in_write):
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
             os._exit(1)
-    start, writing = time.time(), False
+    start = time.time()
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -272,7 +273,7 @@ span, number = time.time() - start, 0
 random.seed(0)
 while counts["kills"] < 20 and counts["lives"] < 80:
     name = f"killed-{counts['finished']}"
-    counts["finished"] += life(name, random.random() * 0.8 * span, counts["lives"] % 2 == 0)
+    counts["finished"] += life(name, random.uniform(0.3, 1) * span, counts["lives"] % 2 == 0)
 name = f"killed-{counts['finished']}"
 counts["finished"] += life(name, 1e9, False)
 print(json.dumps({**counts, "seconds": round(time.time() - start, 1)}))
@@ -458,7 +459,7 @@ def test_rates_are_halved_and_training_stops_without_a_better_validation_loss(ti
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs /proc/cpuinfo")
 def test_automatic_precision_is_bf16_only_where_this_processor_multiplies_it(tiny):
     native = "avx512_bf16" in Path("/proc/cpuinfo").read_text()
-    trainer = step.Trainer(wanted(precision="auto"), tiny, 0)
+    trainer = step.Trainer(wanted(precision="auto"), tiny, 0, RANDOM)
     assert trainer.dtype == (torch.bfloat16 if native else torch.float32)
 
 

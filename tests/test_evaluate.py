@@ -1,0 +1,550 @@
+"""Step 5 and the predictions of step 3: metrics, intervals, thresholds, maps, and a whole run."""
+
+import contextlib
+import importlib
+import io
+import json
+import math
+import os
+import re
+import runpy
+import shutil
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import PROJECT, run_script
+from PIL import Image
+from sklearn import metrics as sk
+from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock, ResNet
+
+import common
+from common import BENIGN, CLASS_NAMES, MALIGNANT, NORMAL, UserError
+
+step = importlib.import_module("05_evaluate")
+training, data, network, prepare = step.training, step.data, step.network, step.prepare
+P = step.PROBABILITIES
+QUICK = {"weights": "none", "epochs": 1, "precision": "fp32", "device": "cpu", "freeze": 5}
+FLAGS = ("--device", "cpu", "--precision", "fp32", "--resamples", "200", "--recall", "0.8")
+
+
+def judged(label, seed=0, ties=False):
+    """Make predictions better than chance, two films a patient, and a decision to recall."""
+    p = np.exp(np.random.default_rng(seed).normal(size=(len(label), 3)) + 1.2 * np.eye(3)[label])
+    p /= p.sum(1, keepdims=True)
+    table = pd.DataFrame({"patient": np.arange(len(label)) // 2, "fold": 0, "label": label})
+    table[P] = p.round(1) + 0.1 if ties else p
+    return table.assign(predicted=p.argmax(1)), p[:, MALIGNANT] > 0.35
+
+
+def answers(right, label):
+    """Make predictions, one film a patient: right ones, and wrong ones of the next class."""
+    table = pd.DataFrame({"patient": np.arange(len(right)), "fold": 0, "label": label})
+    predicted = np.where(right, label, (label + 1) % 3)
+    table[P] = np.eye(3)[predicted] * 0.7 + 0.1
+    return table.assign(predicted=predicted)
+
+
+def intervals(table, resamples=2000, seed=0):
+    weights = step.patient_weights(table["patient"], table["fold"], resamples, seed)
+    return step.summarise(step.measure(table, np.zeros(len(table), bool), weights), resamples)
+
+
+def by_sklearn(table, recalled):
+    y, predicted, p = table["label"].to_numpy(), table["predicted"], table[P].to_numpy()
+    one, lesion, each = y == MALIGNANT, y != NORMAL, {"labels": range(3), "zero_division": 0}
+    ratio, found = p[:, MALIGNANT] / (p[:, MALIGNANT] + p[:, BENIGN]), (recalled & one).sum()
+    metrics = {
+        "accuracy": sk.accuracy_score(y, predicted),
+        "balanced accuracy": sk.balanced_accuracy_score(y, predicted),
+        "macro F1": sk.f1_score(y, predicted, average="macro", **each),
+        "AUC malignant": sk.roc_auc_score(one, p[:, MALIGNANT]),
+        "AUC abnormal": sk.roc_auc_score(lesion, 1 - p[:, NORMAL]),
+        "AUC benign/malignant": sk.roc_auc_score(one[lesion], ratio[lesion]),
+        "AUC macro": np.mean([sk.roc_auc_score(y == c, p[:, c]) for c in range(3)]),
+        "average precision malignant": sk.average_precision_score(one, p[:, MALIGNANT]),
+        "recall at the point": sk.recall_score(one, recalled),
+        "specificity at the point": sk.recall_score(~one, ~recalled),
+        "PPV at the point": sk.precision_score(one, recalled, zero_division=0),
+        "NPV at the point": sk.precision_score(~one, ~recalled, zero_division=0),
+        "films recalled per cancer found": recalled.sum() / found if found else 0,
+    }
+    for kind, score in (("recall", sk.recall_score), ("precision", sk.precision_score)):
+        values = score(y, predicted, average=None, **each)
+        metrics.update({f"{name} {kind}": value for name, value in zip(CLASS_NAMES, values)})
+    return metrics
+
+
+# ---------------------------------------------------------------------- metrics and intervals
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_every_metric_equals_scikit_learns_also_on_repeated_films(ties):
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        table, recalled = judged(rng.integers(0, 3, 80), seed, ties)
+        counts = np.vstack([np.ones((1, 80), int), rng.integers(0, 4, (2, 80))])
+        values = step.measure(table, recalled, counts.astype(np.float32))
+        for n, count in enumerate(counts):
+            wanted = by_sklearn(table.loc[table.index.repeat(count)], recalled.repeat(count))
+            assert set(wanted) == set(values)
+            for name in set(wanted) - ({"average precision malignant"} if ties else set()):
+                assert values[name][n] == pytest.approx(wanted[name], abs=1e-6), (name, n)
+
+
+def test_film_that_is_surely_normal_spoils_no_metric():
+    table, recalled = judged(np.arange(40) % 3)
+    table.loc[0, P] = [0.0, 1.0, 0.0]  # a benign film
+    assert np.isfinite(step.measure(table, recalled, np.ones((1, 40), np.float32))).all(axis=None)
+
+
+@pytest.mark.parametrize("k, n, tolerance", [(150, 200, 0.015), (36, 50, 0.03), (490, 500, 0.01)])
+def test_interval_of_recall_is_near_wilsons_with_one_film_a_patient(k, n, tolerance):
+    table = answers(np.arange(3 * n) % n < k, np.repeat([MALIGNANT, NORMAL, BENIGN], n))
+    value, low, high = intervals(table).loc["malignant recall", ["value", "low", "high"]]
+    assert value == pytest.approx(k / n)
+    assert (low, high) == pytest.approx(step.wilson(k, n), abs=tolerance)
+
+
+def test_intervals_cover_the_truth_about_95_times_in_100():
+    covered = []
+    for seed in range(200):
+        right = np.random.default_rng(seed).random(60) < 0.8
+        table = answers(right.repeat(2), np.arange(120) % 3)
+        table["patient"] //= 2  # both films right or both wrong: film by film it would be 83
+        low, high = intervals(table, 400, seed).loc["accuracy", ["low", "high"]]
+        covered.append(low <= 0.8 <= high)
+    assert 0.9 <= np.mean(covered) <= 0.985
+
+
+def test_patients_are_resampled_not_films():
+    single = answers(np.arange(60) % 4 > 0, np.arange(60) % 3)
+    double = pd.concat([single, single], ignore_index=True)
+    tables = single, double, double.assign(patient=np.arange(120))
+    one, two, filmwise = ((t["high"] - t["low"])["accuracy"] for t in map(intervals, tables))
+    assert two == pytest.approx(one) and two == pytest.approx(filmwise * math.sqrt(2), rel=0.15)
+    weights = step.patient_weights(double["patient"], np.arange(120) % 5, 50, 1)
+    assert (weights[0] == 1).all() and (weights[1:51, :60] == weights[1:51, 60:]).all()
+    assert (weights[1:51].sum(1) == 120).all() and not np.array_equal(weights[1], weights[2])
+    assert (weights[51:] == [np.arange(120) % 5 == fold for fold in range(5)]).all()
+
+
+def test_2000_resamples_of_322_films_take_seconds():
+    table, _ = judged(np.arange(322) % 3)
+    start = time.perf_counter()
+    assert intervals(table)["low"]["accuracy"] > 0.3
+    assert time.perf_counter() - start < 10
+
+
+def test_wilson_and_mcnemar_give_known_values():
+    newcombe = {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605)}  # Stat. Med. 1998
+    newcombe.update({(0, 20): (0, 0.1611), (1, 29): (0.0061, 0.1718)})
+    for (hits, n), (low, high) in newcombe.items():
+        assert step.wilson(hits, n) == pytest.approx((low, high), abs=6e-5)
+        assert step.wilson(n - hits, n) == pytest.approx((1 - high, 1 - low), abs=6e-5)
+    known = {(0, 0): 1, (5, 5): 1, (0, 6): 2 / 64, (1, 9): 22 / 1024, (4, 3): 1, (0, 2000): 0}
+    for (b, c), p in known.items():
+        assert step.mcnemar(b, c) == step.mcnemar(c, b) == pytest.approx(p, abs=1e-12)
+
+
+def test_groups_count_abnormal_test_films_and_their_findings():
+    labels = pd.DataFrame({"image": list("abcde"), "tissue": list("FFDDF")})
+    findings = [("a", "CIRC", 25), ("b", "SPIC", 26), ("b", "CALC", np.nan), ("c", "SPIC", 120)]
+    findings = pd.DataFrame([*findings, ("e", "SPIC", 9)], columns=["image", "type", "radius"])
+    predictions = pd.DataFrame({"image": list("abcd"), "label": [0, 2, 2, 1]})  # e is no test film
+    predictions["predicted"] = [NORMAL, BENIGN, MALIGNANT, BENIGN]
+    groups = step.by_group(predictions, SimpleNamespace(labels=labels, findings=findings))
+    found = {f"{g.group} {g.value}": tuple(g)[3:] for g in groups.itertuples()}
+    wanted = {"finding CALC": (1, 1, 0), "finding CIRC": (1, 0, 0), "finding SPIC": (2, 1, 0.5)}
+    wanted.update({"tissue D": (1, 1, 1), "tissue F": (2, 0.5, 0), "radius to 25 px": (1, 0, 0)})
+    wanted.update({"radius 26 to 50 px": (1, 1, 0), "radius over 100 px": (1, 1, 1)})
+    assert {name: row[:3] for name, row in found.items()} == wanted
+    assert all(row[3:] == step.wilson(round(row[0] * row[1]), row[0]) for row in found.values())
+
+
+# ---------------------------------------------------------------------- threshold, calibration
+
+
+def test_threshold_is_the_highest_that_reaches_the_wanted_recall_on_its_own_patients():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        scores, positive = rng.random(30).round(rng.integers(1, 4)), rng.random(30) < 0.4
+        positive[0], recall = True, rng.choice([0.01, 0.5, 0.8, 0.9, 0.95, 1])
+        threshold, ranked = step.choose_threshold(scores, positive, recall), scores[positive]
+        assert (ranked >= threshold).mean() >= recall - 1e-9
+        assert all((ranked >= higher).mean() < recall for higher in ranked[ranked > threshold])
+    ranked, positive = np.linspace(1, 0.04, 25), np.ones(25, bool)
+    assert step.choose_threshold(ranked, ~positive, 0.95) == 0, "without positives all are recalled"
+    assert step.choose_threshold(ranked[:8], positive[:8], 0.95) == ranked[7], "7.6 films are 8"
+    for recall, needed in [(1.0, 25), (0.95, 24), (0.92, 23), (0.56, 14), (0.04, 1), (0.0, 1)]:
+        assert step.choose_threshold(ranked, positive, recall) == ranked[needed - 1], recall
+
+
+def test_calibration_errors_of_cases_done_by_hand():
+    sure, third, most, half = [1.0, 0, 0], [1 / 3] * 3, [0.75, 0.25, 0], [0.55, 0.45, 0]
+    two_bins = (0.125 + 1.125 + 2 * 0.405) / 4, (0.5 + 0.9) / 4
+    cases = [([sure] * 4, [0] * 4, (0, 0)), ([sure] * 4, [1] * 4, (2, 1))]
+    cases += [([third] * 3, [0, 1, 2], (2 / 3, 0)), ([most] * 4, [0, 0, 0, 1], (0.375, 0))]
+    cases += [([most, most, half, half], [0, 1, 0, 0], two_bins)]
+    for p, labels, wanted in cases:
+        found = step.calibration_errors(np.array(p), np.array(labels))
+        assert found == pytest.approx(wanted), (p, labels)
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.3, 4.0, 12.0])
+def test_temperature_undoes_over_and_underconfidence_and_changes_no_prediction(factor):
+    torch.manual_seed(0)
+    fair = 1.5 * torch.randn(4000, 3)
+    labels = torch.multinomial(fair.softmax(1), 1)[:, 0]
+    temperature = network.fit_temperature(fair * factor, labels)
+    assert temperature == pytest.approx(factor, rel=0.1)
+    before, after = (network.softmax(fair * factor, t) for t in (1.0, temperature))
+    assert sk.log_loss(labels, after) < sk.log_loss(labels, before) - 0.01
+    assert (before.argmax(1) == after.argmax(1)).all() and after.sum(1) == pytest.approx(1)
+
+
+# ---------------------------------------------------------------------- where the network looks
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_bright_place_of_a_map_comes_back_to_its_place_on_the_film(mirrored):
+    g, size = prepare.Geometry(200, 150, 11, 23, 160, 100, mirrored, 0.4), (64, 48)
+    maps, (rows, columns) = np.zeros((3, 8, 6)), np.mgrid[:200, :150]
+    maps[0, 2, 3] = maps[1, 5, 1] = maps[2, 6, 2] = 1
+    for (x, y), one in zip(step.peaks(maps, size), maps):
+        film = step.canvas_on_film(one, g, size)
+        centre = (film * columns).sum() / film.sum(), (film * rows).sum() / film.sum()
+        assert centre == pytest.approx(prepare.canvas_to_film(x, y, g), abs=0.5)
+    film = step.canvas_on_film(np.ones(size), g, size)
+    assert film[11:171, 23:123].min() == 1 and film.sum() == 16000, "not black outside of the crop"
+
+
+@pytest.mark.parametrize("radius, hit", [(15.9, False), (16.1, True)])
+def test_pointing_game_hits_in_a_circle_and_half_a_place_beyond_and_misses_elsewhere(radius, hit):
+    films, cams, places = np.zeros((3, 256, 128), np.uint8), *np.zeros((2, 3, 16, 8))
+    films[:, :, :64], labels = 90, pd.DataFrame({"image": ["one", "two", "unusable"]})
+    findings = labels.assign(type="CIRC", canvas_x=55.5, canvas_y=87.5)
+    findings["canvas_radius"] = [radius, radius, np.nan]
+    prepared = SimpleNamespace(films=films, labels=labels, findings=findings)
+    cams[0, 15, 7] = cams[1, 5, 4] = places[0, 5, 3] = 1
+    places[1, 5, 5] = 1  # two places, 32 px, from the centre
+    reading = network.Reading(None, cams[::-1], places[::-1])
+    points = step.pointing_game(labels[::-1], reading, prepared).set_index("image")
+    assert points["cam"].to_dict() == {"one": False, "two": True}
+    assert points["places"].to_dict() == {"one": True, "two": hit}
+    inside = np.hypot(*(np.mgrid[:256, :64].T - [87.5, 55.5]).T) <= radius + 16
+    assert points["chance"].tolist() == pytest.approx([inside.mean()] * 2)
+
+
+@pytest.mark.parametrize("recipe", ["plain", "lesion"])
+def test_logits_grad_cam_and_places_equal_an_independent_computation(recipe):
+    torch.manual_seed(2)
+    model, _ = network.build_model("none", recipe)
+    for layer in filter(None, (model.head, model.skip)):
+        torch.nn.init.normal_(layer.weight, std=0.5)
+        torch.nn.init.normal_(layer.bias)
+    films = np.random.default_rng(0).random((6, 64, 96)) ** np.arange(1, 7)[:, None, None]
+    dataset = data.MammogramDataset.of_canvases((films * 255).astype(np.uint8))
+    predicted = network.predict(model, dataset, 8)  # in training mode until now: no dropout
+    reading = network.read_films(model, dataset, 4, torch.float32, common.Progress(6, ""))
+    assert (reading.cams > 0).any((1, 2)).sum() > 2 and predicted.std(0).max() > 0.1
+    for n, film in enumerate(torch.from_numpy(dataset.films)[:, None, None].float() / 255):
+        with torch.no_grad():
+            fine, coarse = model.features(film)
+        maps = model.places(fine, coarse.requires_grad_())
+        logits = model.pool(maps)[0]
+        lesion = max((BENIGN, MALIGNANT), key=lambda c: logits[c].item())
+        logits[lesion].backward()
+        cam = F.relu((coarse.grad.mean((2, 3), keepdim=True) * coarse).sum(1))[0]
+        pairs = [(predicted, logits), (reading.logits, logits), (reading.cams, cam)]
+        pairs.append((reading.evidence, maps[0, lesion] - maps[0, NORMAL]))
+        if recipe == "plain":  # linear: Grad-CAM is the map of places without its bias
+            places = F.relu(maps[0, lesion] - model.head.bias[lesion]) / maps[0, 0].numel()
+            pairs.append((reading.cams, places))
+        for found, wanted in pairs:
+            assert found[n] == pytest.approx(wanted.detach().numpy(), rel=1e-3, abs=1e-3)
+
+
+# ---------------------------------------------------------------------- a whole run
+
+
+def command(*arguments):
+    """Run step 5 in this process as its command line does, without the seconds of imports."""
+    script, out, err, status = str(PROJECT / "05_evaluate.py"), io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        patch.setattr(sys, "excepthook", sys.excepthook)
+        with contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path(script, run_name="__main__")
+            except Exception:
+                sys.excepthook(*sys.exc_info())
+                status = 1
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def refusal(done):
+    """Return the one message that a run of step 5 ended with."""
+    assert done.returncode == 1 and re.fullmatch(r"\s*error: [^\n]+\n", done.stderr), done.stderr
+    assert "unexpected" not in done.stderr and "Traceback" not in done.stdout
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Train every fold on small phantoms, noting what is read, and evaluate in a process."""
+    home, reads = tmp_path_factory.mktemp("evaluate"), []
+    getitems, run_epoch = data.MammogramDataset.__getitems__, training.run_epoch
+
+    def noting_rows(dataset, numbers):
+        reads[-1][1].update(dataset.rows[numbers].tolist())
+        return getitems(dataset, numbers)
+
+    def noting_fold(trainer, *rest):
+        reads.append((trainer.fold, set()))
+        return run_epoch(trainer, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BCD_DATA_DIR", str(home / "data"))
+        patch.setenv("BCD_RUNS_DIR", str(home / "runs"))
+        small = {"patients": 24, "phantom_size": 128, "size": "64x64", "folds": 3}
+        prepared = prepare.prepare(prepare.Settings(source="phantom", **small))
+        with patch.context() as spying:
+            spying.setattr(data.MammogramDataset, "__getitems__", noting_rows)
+            spying.setattr(training, "run_epoch", noting_fold)
+            training.train(training.Settings(run="cv", fold="all", lr=0.05, **QUICK))
+        done, folder = run_script("05_evaluate.py", *FLAGS, "--run", "cv"), home / "runs" / "cv"
+        assert done.returncode == 0, done.stderr
+        table = pd.read_csv(folder / "predictions.csv", dtype={"patient": str})
+        record, values = (common.read_json(folder / f"{n}.json") for n in ("settings", "metrics"))
+        folds = step.load_folds(folder, record, "cpu")
+        yield SimpleNamespace(folder=folder, reads=reads, prepared=prepared, done=done, table=table,
+                              record=record, values=values, folds=folds)  # fmt: skip
+        shutil.rmtree(home / "runs")  # checkpoints are large
+
+
+def by_hand(fold, canvases):
+    with torch.no_grad():
+        logits = fold.model(torch.from_numpy(np.array(canvases))[:, None].float() / 255)[0]
+    return F.softmax(logits / fold.temperature, 1).numpy()
+
+
+def test_evaluation_writes_the_files_of_the_contract(run):
+    columns = "image patient fold label p_benign p_normal p_malignant predicted".split()
+    assert list(run.table) == columns and len(run.table) == 48
+    joined = run.table.merge(run.prepared.splits, on=["image", "patient", "fold"])
+    assert len(joined.merge(run.prepared.labels, on=["image", "patient", "label"])) == 48
+    p = run.table[P].to_numpy()
+    assert p.sum(1) == pytest.approx(1, abs=5e-6) and (p >= 0).all() and p.std(0).min() > 1e-3
+    assert (run.table["predicted"] == p.argmax(1)).all()
+    named = {"source": "phantom", "weights": run.record["weights_used"], "seed": 0, "n": 48}
+    assert run.values["synthetic"] is True and {**run.values, **named} == run.values
+    drawn = {f.stem: Image.open(f).size for f in (run.folder / "figures").glob("*.png")}
+    assert set(drawn) >= {"confusion", "roc", "calibration", "claim", "groups", "gradcam"}
+    assert min(drawn.values()) > (300, 200) and not list(run.folder.rglob("*.part"))
+
+
+def test_metrics_json_follows_from_predictions_csv_and_the_thresholds(run):
+    limits = {t["fold"]: t["threshold"] for t in run.values["thresholds"]}
+    recalled = (run.table["p_malignant"] >= run.table["fold"].map(limits) - 1e-6).to_numpy()
+    wanted, found = by_sklearn(run.table, recalled), run.values["metrics"]
+    assert recalled.any() and set(wanted) == set(found)
+    found = {name: found[name]["value"] for name in found}
+    found.update({f"{name} recall": run.values["recall_per_class"][name] for name in CLASS_NAMES})
+    found.update({"accuracy": run.values["accuracy"], "macro F1": run.values["macro_f1"]})
+    found["malignant recall"] = run.values["malignant_recall"]
+    for name in set(wanted) - {"average precision malignant"}:  # its ties go by order
+        if wanted[name]:  # scikit-learn says 0 where there is nothing to divide by
+            rounding = 2e-3 if "AUC" in name else 1e-5  # six digits can make a tie
+            assert found[name] == pytest.approx(wanted[name], abs=rounding), name
+    confusion = sk.confusion_matrix(run.table["label"], run.table["predicted"], labels=range(3))
+    assert run.values["confusion_matrix"] == confusion.tolist()
+
+
+def test_report_loads_nothing_and_like_the_session_says_what_it_is(run):
+    page, said = (run.folder / "report.html").read_text(encoding="utf-8"), run.done.stdout
+    sources = re.findall(r"src=\"(.{5})", page)
+    assert len(sources) == len(list((run.folder / "figures").glob("*.png"))) > 5
+    assert set(sources) == {"data:"} and page.count("src=") == len(sources)
+    assert not re.search(r"https?://|<script|<link|@import|url\(|href=", page)
+    for text in (page, said):
+        assert common.DISCLAIMER in text and "SYNTHETIC PHANTOMS, n = 48" in text
+    assert re.search(r"!!!!\n!! SYNTHETIC PHANTOMS", said) and "seed 0, weights: none" in said
+
+
+def test_every_film_is_predicted_by_the_model_that_never_saw_its_patient(run):
+    rows = run.prepared.labels.reset_index().set_index("image").loc[run.table["image"], "index"]
+    for fold in run.folds:
+        far = np.abs(by_hand(fold, run.prepared.films[rows.to_numpy()]) - run.table[P]).max(axis=1)
+        tested = run.table["fold"] == fold.number
+        assert far[tested].max() < 1e-4 < 1e-3 < far[~tested].mean()
+
+
+def test_nothing_that_chooses_reads_a_test_patient(run):
+    patients = run.prepared.splits.set_index("image")["patient"]
+    assert [number for number, _ in run.reads] == [fold.number for fold in run.folds] == [0, 1, 2]
+    for (number, rows), fold in zip(run.reads, run.folds):
+        tested, kept = set(run.table.loc[run.table["fold"] == number, "patient"]), fold.validation
+        assert len(rows) > 15 and not tested & set(patients.iloc[sorted(rows)])
+        assert not tested & set(patients[kept["images"]])
+        assert len(kept["images"]) == len(kept["logits"]) == len(kept["labels"])
+        chosen, labels = network.fit_temperature(kept["logits"], kept["labels"]), kept["labels"]
+        assert fold.temperature == pytest.approx(chosen, rel=1e-3)
+        scores, positive = network.softmax(kept["logits"], chosen)[:, 2], labels.numpy() == 2
+        threshold = step.choose_threshold(scores, positive, 0.8)
+        wanted = [number, threshold, positive.sum(), len(labels)]
+        assert list(run.values["thresholds"][number].values()) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_run_is_judged_on_its_own_films_folds_and_shuffled_labels_only(run):
+    settings, labels = step.Settings(device="cpu", precision="fp32"), run.prepared.labels
+    moved = run.prepared.splits.assign(fold=(run.prepared.splits["fold"] + 1) % 3)
+    for other in (run.prepared._replace(fingerprint="0"), run.prepared._replace(splits=moved)):
+        with pytest.raises(UserError, match="other films, labels or folds"):
+            step.predict_run(run.folds, other, run.record, settings)
+    record = {**run.record, "shuffle_labels": True}
+    table, _ = step.predict_run(run.folds, run.prepared, record, settings)
+    mixed = training.shuffled_labels(labels, run.record["seed"])
+    assert (mixed != labels["label"]).any()
+    assert dict(zip(table["image"], table["label"])) == dict(zip(labels["image"], mixed))
+
+
+def test_missing_unfinished_and_damaged_runs_end_with_one_message(run):
+    assert re.search("nowhere.*cv", refusal(command("--run", "nowhere")))
+    common.write_json(run.record, common.runs_dir("bad/settings.json"))
+    assert "best.pt" in refusal(command("--run", "bad"))
+    path = common.runs_dir("bad/fold-0/best.pt")
+    path.parent.mkdir()
+    shutil.copy(run.folder / "fold-0" / "best.pt", path)
+    os.truncate(path, 10000)
+    assert f"{path} is damaged" in refusal(command("--run", "bad"))
+    torch.save({"model": {"head.weight": torch.zeros(3)}}, path)
+    assert "does not fit" in refusal(command("--run", "bad"))
+
+
+def test_recall_that_is_no_share_is_refused(run):
+    for recall in (95, -0.1):
+        assert "recall" in refusal(command(*FLAGS, "--run", "cv", f"--recall={recall}"))
+
+
+def test_compared_with_itself_a_run_is_no_better_and_an_ideal_one_is(run):
+    assert "McNemar p = 1.000" in command(*FLAGS, "--compare", "cv", "cv").stdout
+    comparison, discordant = step.compare_runs(["cv", "cv"], 200, 0)
+    assert discordant == (0, 0, 1)
+    assert (comparison[["difference", "low", "high"]] == 0).all(axis=None)
+    ideal = run.table.assign(predicted=run.table["label"])
+    common.write_csv(ideal, common.runs_dir("ideal/predictions.csv"))
+    comparison, (first, second, p) = step.compare_runs(["cv", "ideal"], 200, 0)
+    wrong = int((run.table["label"] != run.table["predicted"]).sum())
+    assert (first, second) == (0, wrong) and p == pytest.approx(2 / 2**wrong)
+    difference, low, high = comparison.loc["accuracy", ["difference", "low", "high"]]
+    assert difference == pytest.approx(wrong / 48) and 0 < low < difference < high
+    assert "predictions.csv" in refusal(command(*FLAGS, "--compare", "cv", "unevaluated"))
+
+
+def test_runs_on_films_and_patients_called_001_and_na_can_be_compared(home):
+    table, _ = judged(np.arange(40) % 3)
+    table["image"] = ["NA", "null", *(f"{n:03d}" for n in range(38))]
+    table["patient"] = ["NA"] * 2 + [f"{n // 2:02d}" for n in range(38)]
+    for name in ("one", "two"):
+        common.write_csv(table, common.runs_dir(name) / "predictions.csv")
+    comparison, _ = step.compare_runs(["one", "two"], 50, 0)
+    right = (table["label"] == table["predicted"]).mean()
+    assert comparison.loc["accuracy", "one"] == pytest.approx(right)
+
+
+def test_one_fold_without_malignant_films_is_evaluated_and_recorded_as_json(run, home, monkeypatch):
+    monkeypatch.setattr(network, "resnet18", lambda weights=None: ResNet(BasicBlock, [1] * 4))
+    labels = run.prepared.labels[["image", "patient", "label"]]
+    common.write_csv(labels.replace({"label": {MALIGNANT: BENIGN}}), home / "mine.csv")
+    own = {"images": str(run.prepared.folder / "raw"), "labels": str(home / "mine.csv")}
+    prepare.prepare(prepare.Settings(source="own", size="64x64", folds=3, **own))
+    _, _, folder = training.train(training.Settings(source="own", **QUICK))
+    done = command(*FLAGS)
+    assert done.returncode == 0, done.stderr
+    assert "SYNTHETIC" not in done.stdout and "--fold all" in done.stdout
+    text = (folder / "metrics.json").read_text(encoding="utf-8")
+    shutil.rmtree(folder)  # the checkpoints
+    values = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert values["malignant_recall"] is None and values["synthetic"] is False
+
+
+# ---------------------------------------------------------------------- films of your own
+
+
+@pytest.fixture(scope="module")
+def own(run, tmp_path_factory):
+    """Read a typical left breast, 131 x 117 px, in four formats, inverted, and as prepared."""
+    folder, labels = tmp_path_factory.mktemp("own"), run.prepared.labels
+    measures = data.film_statistics(run.prepared.films)
+    far = ((measures - measures.median()) / measures.std()).abs().max(axis=1)
+    known = far[labels["laterality"] == "left"].idxmin()
+    raw = run.prepared.folder / "raw" / f"{labels['image'][known]}.pgm"
+    film = np.asarray(Image.open(raw).resize((117, 131), Image.BILINEAR))
+    paths = [folder / f"scan.{suffix}" for suffix in ("pgm", "png", "tif", "jpg")]
+    for path, grey in zip(paths, (film, film.astype(np.uint16) * 16, film, film)):  # 12 of 16 bit
+        Image.fromarray(grey).save(path)
+    Image.fromarray(255 - film).save(folder / "inverted.png")
+    paths += [folder / "inverted.png", raw]
+    done = run_script("05_evaluate.py", *FLAGS, "--run", "cv", "--image", *paths)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(run.folder / "own-films" / "predictions.csv", keep_default_na=False)
+    return SimpleNamespace(
+        folder=folder, paths=paths, film=film, known=known, done=done, table=table
+    )
+
+
+def test_own_films_of_any_format_and_odd_size_get_the_mean_of_the_folds_models(own, run):
+    assert own.table["image"].tolist() == list(map(str, own.paths))
+    p = own.table[P].to_numpy()
+    assert p[:3] == pytest.approx(p[[0] * 3], abs=1e-5) and p[3] == pytest.approx(p[0], abs=0.05)
+    known = [by_hand(fold, run.prepared.films[[own.known]])[0] for fold in run.folds]
+    assert p[5] == pytest.approx(np.mean(known, axis=0), abs=1e-4)
+    assert own.table["predicted"].tolist() == [CLASS_NAMES[c] for c in p.argmax(1)]
+    threshold = np.mean([t["threshold"] for t in run.values["thresholds"]])
+    assert own.table["threshold"].tolist() == pytest.approx([threshold] * 6, rel=1e-3)
+    assert own.table["recalled"].tolist() == (p[:, MALIGNANT] >= own.table["threshold"]).tolist()
+    assert common.DISCLAIMER in own.done.stdout and "SYNTHETIC PHANTOMS" in own.done.stdout
+
+
+def test_every_own_film_gets_a_figure_also_films_of_one_name(own, run):
+    figures = list((run.folder / "own-films").glob("*.png"))
+    assert len(figures) == len(own.paths), [path.name for path in figures]
+
+
+def test_only_a_film_unlike_the_training_films_is_warned_of(own):
+    assert re.findall("warning: (.*?) the training", own.done.stderr) == ["inverted.png is unlike"]
+    assert [bool(note) for note in own.table["note"]] == [False] * 4 + [True, False]
+
+
+def test_laterality_says_what_to_mirror_and_reading_repeats_exactly(own, run, monkeypatch):
+    monkeypatch.setattr(step, "load_folds", lambda *_: run.folds)
+
+    def read(name, side):
+        settings = step.Settings(laterality=side, device="cpu", recall=0.8)
+        table, figures = step.read_own_films([own.folder / name], run.folder, run.record, settings)
+        heat = np.asarray(figures[0].axes[1].images[1].get_array())
+        step.plt.close(figures[0])
+        return table.loc[0, P].tolist(), heat
+
+    Image.fromarray(own.film[:, ::-1]).save(own.folder / "turned.tif")
+    (p, heat), (again, same) = read("scan.tif", "left"), read("scan.tif", "left")
+    assert p == again and np.array_equal(heat, same) and heat.shape == (131, 117) and heat.any()
+    assert own.table.loc[2, P].tolist() == pytest.approx(p, abs=1e-4)
+    for side in ("right", ""):
+        found, turned = read("turned.tif", side)
+        assert found == pytest.approx(p, abs=0.01)
+        assert np.corrcoef(turned[:, ::-1].flat, heat.flat)[0, 1] > 0.98
+    assert np.abs(np.subtract(read("scan.tif", "right")[0], p)).max() > 1e-3
+
+
+def test_file_that_is_no_film_ends_with_status_1_and_one_message(own):
+    notes, gone = own.folder / "notes.txt", own.folder / "gone.png"
+    notes.write_text("not a film")
+    assert str(notes) in refusal(run_script("05_evaluate.py", "--run", "cv", "--image", notes))
+    assert f"{gone} is not there" in refusal(command("--run", "cv", "--image", gone))
