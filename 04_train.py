@@ -469,6 +469,8 @@ def open_run(settings, prepared):
     described = describe_data(prepared)
     if settings.resume:
         folder = common.runs_dir(settings.run) if settings.run else newest_run()
+        if not (folder / "settings.json").is_file():
+            raise UserError(f"there is no run {folder.name!r} in {common.runs_dir()} to resume")
         record = common.read_json(folder / "settings.json")
         changed = [
             f"{name} {record['data'].get(name)} -> {value}"

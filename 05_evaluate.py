@@ -112,7 +112,7 @@ def load_folds(folder, record, device="auto"):
     return folds
 
 
-def open_run(name):
+def find_run(name):
     """Return the folder and the settings.json of a run; by default the newest, or a first one."""
     if not name and not any(common.runs_dir().glob("*/settings.json")):
         print("there is no run yet; training one with the default settings of step 4")
@@ -130,7 +130,7 @@ if __name__ == "__main__":
     if settings.compare or settings.image:
         folder = None
     else:
-        folder, record = open_run(settings.run)
+        folder, record = find_run(settings.run)
         folds = load_folds(folder, record, settings.device)
         prepared = data.prepared_source(record["source_used"])
         chosen = [(f.number, f.epoch, f.temperature, len(f.validation["labels"])) for f in folds]
@@ -209,6 +209,8 @@ def choose_threshold(scores, positive, recall):
 
 def operating_points(folds, recall):
     """Return a row per fold: its threshold and the malignant validation films that chose it."""
+    if not 0 <= recall <= 1:
+        raise UserError(f"--recall {recall}: expected a share, 0 to 1")
     rows = []
     for fold in folds:
         scores = network.softmax(fold.validation["logits"], fold.temperature)[:, MALIGNANT]
@@ -320,7 +322,8 @@ def measure(predictions, recalled, weights):
         values["AUC malignant"] = weighted_auc(p[:, MALIGNANT], one, rest, weights)
         abnormal, normal = label != NORMAL, label == NORMAL
         values["AUC abnormal"] = weighted_auc(1 - p[:, NORMAL], abnormal, normal, weights)
-        ratio = p[:, MALIGNANT] / (p[:, MALIGNANT] + p[:, BENIGN])
+        either = p[:, MALIGNANT] + p[:, BENIGN]  # 0 on a film that is surely normal
+        ratio = np.divide(p[:, MALIGNANT], either, out=np.full(len(p), 0.5), where=either > 0)
         values["AUC benign/malignant"] = weighted_auc(ratio, one, label == BENIGN, weights)
         each = [weighted_auc(p[:, c], label == c, label != c, weights) for c in range(3)]
         values["AUC macro"] = np.mean(each, axis=0)
@@ -606,7 +609,9 @@ def peaks(maps, size):
     """Return the canvas pixels (x, y) where maps (n, h, w) are highest, shape (n, 2)."""
     h, w = maps.shape[1:]
     y, x = np.divmod(maps.reshape(len(maps), -1).argmax(1), w)
-    return np.stack([(x + 0.5) * size[1] / w - 0.5, (y + 0.5) * size[0] / h - 0.5], 1)
+    points = np.stack([(x + 0.5) * size[1] / w - 0.5, (y + 0.5) * size[0] / h - 0.5], 1)
+    points[np.ptp(maps, axis=(1, 2)) == 0] = np.nan  # a map that is the same everywhere: no hit
+    return points
 
 
 def pointing_game(predictions, reading, prepared):
@@ -807,12 +812,13 @@ def unlike(canvas, statistics):
 if __name__ == "__main__":
     own_film = ""  # the path of your film
     if settings.image or own_film:
-        own_folder, own_record = open_run(settings.run)
+        own_folder, own_record = find_run(settings.run)
         own, figures = read_own_films(
             settings.image or (own_film,), own_folder, own_record, settings
         )
-        for path, figure in zip(own["image"], figures):
-            common.show(figure, own_folder / "own-films" / f"{Path(path).stem}.png")
+        for number, (path, figure) in enumerate(zip(own["image"], figures), start=1):
+            name = f"{number:02d}-{Path(path).stem}.png"  # numbered: two films may share a name
+            common.show(figure, own_folder / "own-films" / name)
         common.write_csv(own, own_folder / "own-films" / "predictions.csv")
         common.table(own.round(3).T, f"read by run {own_folder.name}. {common.DISCLAIMER}")
         if own_record["synthetic"]:
@@ -844,7 +850,8 @@ def compare_runs(names, resamples, seed):
         path = common.runs_dir(name) / "predictions.csv"
         if not path.is_file():
             raise UserError(f"{path} is not there; python 05_evaluate.py --run {name} makes it")
-        tables.append(pd.read_csv(path, dtype={"patient": str}).set_index("image"))
+        names_as_text = {"dtype": {"image": str, "patient": str}, "keep_default_na": False}
+        tables.append(pd.read_csv(path, **names_as_text).set_index("image"))
     both = tables[0].index.intersection(tables[1].index)
     if not len(both) or not (tables[0].loc[both, "label"] == tables[1].loc[both, "label"]).all():
         raise UserError("the two runs have no test films in common, or other labels for them")

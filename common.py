@@ -136,7 +136,7 @@ def command_line(settings_class, description):
     run_as_file = bool(main_file and sys.argv[0] and os.path.samefile(main_file, sys.argv[0]))
     if in_ipython():
         shell = sys.modules["IPython"].get_ipython()
-        shell.run_line_magic("load_ext", "autoreload")  # an edited step is used by the next cell
+        shell.extension_manager.load_extension("autoreload")  # an edited step is used next time
         shell.run_line_magic("autoreload", "2")
         if not run_as_file:
             return settings_class()
@@ -209,7 +209,9 @@ def write_csv(table, path):
 def write_json(values, path):
     """Write plain values as indented JSON, completely or not at all."""
     with replacing(path) as temporary:
-        text = json.dumps(values, indent=2, ensure_ascii=False, default=_plain)
+        text = json.dumps(values, default=_plain)
+        values = json.loads(text, parse_constant=lambda name: None)  # JSON knows no NaN
+        text = json.dumps(values, indent=2, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
