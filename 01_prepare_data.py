@@ -763,7 +763,7 @@ if __name__ == "__main__":
 
 
 # %% Prepare: all films on one canvas array, with all that the later steps need beside it
-VERSION = 1  # of the preprocessing; a new one makes every array again
+VERSION = 2  # of the preprocessing; a new one makes every array again
 
 
 class Prepared(NamedTuple):
@@ -772,7 +772,7 @@ class Prepared(NamedTuple):
     source: str  # "mias", "phantom" or "own"
     folder: Path  # data/<source>
     films: np.ndarray  # uint8 memory map, (n_films, height, width)
-    table: pd.DataFrame  # films.csv: image, the geometry, digest; same order as `films`
+    table: pd.DataFrame  # films.csv: image, file, digest, the geometry; same order as `films`
     labels: pd.DataFrame  # labels.csv, same order as `films`
     findings: pd.DataFrame  # findings.csv, in film and in canvas pixels
     splits: pd.DataFrame  # splits.csv: image, patient, fold
@@ -799,7 +799,7 @@ def prepare_film(path, laterality, size, source):
     row : dict
         A row of films.csv, with problem.
     """
-    row = {"image": path.stem, "digest": "", "problem": ""}
+    row = {"image": path.stem, "file": str(path.resolve()), "digest": "", "problem": ""}
     try:
         film = common.read_film(path)
         row["digest"] = hashlib.sha256(np.ascontiguousarray(film)).hexdigest()[:16]

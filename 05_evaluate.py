@@ -651,7 +651,7 @@ def draw_film(axis, image, overlay, prepared):
     axis : matplotlib Axes
         Where to draw.
     image : str
-        Name of the film in `prepared`; it is shown as the canvas keeps it, carried back.
+        Name of the film in `prepared`; the original is read again.
     overlay : ndarray of float, shape (h, w)
         Over the canvas.
     prepared : Prepared
@@ -660,8 +660,11 @@ def draw_film(axis, image, overlay, prepared):
     row = prepared.table[prepared.table["image"] == image].iloc[0]
     g = prepare.Geometry(*row[list(prepare.Geometry._fields)])
     size = prepared.films.shape[1:]
-    draw_heat(axis, canvas_on_film(prepared.films[row.name], g, size),
-              canvas_on_film(overlay, g, size))  # fmt: skip
+    try:
+        film = common.read_film(row["file"])
+    except UserError:  # the originals were moved; the canvas still has the breast
+        film = canvas_on_film(prepared.films[row.name], g, size)
+    draw_heat(axis, film, canvas_on_film(overlay, g, size))
     for c in prepared.findings[prepared.findings["image"] == image].dropna().itertuples():
         axis.add_patch(plt.Circle((c.x, c.y), c.radius, fill=False, color="#56B4E9", lw=1.2))
 
