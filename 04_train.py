@@ -517,7 +517,7 @@ def describe_data(prepared):
     }
 
 
-def describe_run(settings, prepared, folder, trainer):
+def describe_run(prepared, folder, trainer):
     """Return settings.json: the settings, what they came to, and what the films are like."""
     spread = data.film_statistics(prepared.films).quantile([0.005, 0.995])
     return {
@@ -567,7 +567,7 @@ def train(settings):
     names = named_folds(settings.fold, total)
     with common.locked(folder):
         weights = network.load_weights(settings.weights)
-        record = describe_run(settings, prepared, folder, Trainer(settings, prepared, 0, weights))
+        record = describe_run(prepared, folder, Trainer(settings, prepared, 0, weights))
         began = common.read_json(folder / "settings.json") if settings.resume else record
         if began["weights_used"] != record["weights_used"]:
             raise UserError(

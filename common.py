@@ -171,13 +171,6 @@ def command_line(settings_class, description):
     return settings_class(**values)
 
 
-def pick(settings_class, settings):
-    """Fill `settings_class` with the fields that it shares with another step's settings."""
-    names = {field.name for field in dataclasses.fields(settings_class)}
-    shared = {k: v for k, v in dataclasses.asdict(settings).items() if k in names}
-    return settings_class(**shared)
-
-
 # ---------------------------------------------------------------------- files, never half written
 
 
