@@ -15,6 +15,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import sys
 import threading
 import time
@@ -52,6 +53,9 @@ def runs_dir(run=""):
 # ---------------------------------------------------------------------- errors
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left on the disk, or none of one's quota
+
+
 class UserError(Exception):
     """A message for the user: what was found, what was expected, what to do next."""
 
@@ -77,13 +81,25 @@ def explain(error):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "stopped by the user; what was finished is saved"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in FULL:
         return f"the disk is full ({error.filename or 'while writing'}); free some space, run again"
     if isinstance(error, PermissionError):
         return f"no permission for {error.filename}; change its rights or choose another folder"
     if isinstance(error, OSError):
         return f"{error.strerror or error}: {error.filename or 'no file name known'}"
     return f"unexpected {type(error).__name__}: {error} (--debug shows where; please report it)"
+
+
+@contextlib.contextmanager
+def in_words(path=None):
+    """Turn a full disk and a missing permission into a UserError; a failed write names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*FULL, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        error.filename = error.filename or path
+        raise UserError(explain(error)) from None
 
 
 def quiet_excepthook(kind, error, trace):
@@ -176,21 +192,40 @@ def command_line(settings_class, description):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary name beside `path` and move it into place when the block succeeds.
+    """Yield a temporary name beside `path`; the file or folder made there takes its place.
 
-    A crash at any moment leaves either the old file or the new one, never a part of it.
+    A crash at any moment leaves the old one or the new one, never a part of it; between two
+    folders there is a moment without either.
+
+    Raises
+    ------
+    UserError
+        If the disk is full or may not be written to. What was there before stays.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # the name must not reach the disk before the content
-        os.replace(temporary, path)
-    finally:
-        if temporary.exists():
-            temporary.unlink()
+    temporary, old = (
+        path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old")
+    )
+    with in_words(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            if temporary.is_file():
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())  # the name must not reach the disk before the content
+            elif path.is_dir():
+                os.replace(path, old)  # no system moves a folder over a full one
+            os.replace(temporary, path)
+        finally:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            discard(temporary, old)
+
+
+def discard(*paths):
+    """Delete files and whole folders, if they are there."""
+    for path in paths:
+        path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
 def write_csv(table, path):
@@ -230,8 +265,10 @@ def locked(folder):
     The lock is the operating system's, so that a killed process leaves none behind.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+b") as file:
+    with in_words(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+b")
+    with file:
         try:
             if os.name == "nt":
                 import msvcrt
@@ -300,7 +337,7 @@ def contact(url, patience=12.0):
 
     Raises
     ------
-    OSError
+    ConnectionError
         If there is no good answer within `patience` seconds.
     """
     outcome = [TimeoutError(f"no answer within {patience:.0f} s")]
@@ -317,7 +354,7 @@ def contact(url, patience=12.0):
     thread.start()
     thread.join(patience)
     if isinstance(outcome[0], Exception):
-        raise OSError(str(getattr(outcome[0], "reason", outcome[0])))
+        raise ConnectionError(str(getattr(outcome[0], "reason", outcome[0])))
     return outcome[0]
 
 
