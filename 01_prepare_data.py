@@ -12,19 +12,15 @@ Out: data/<source>/labels.csv, findings.csv, films.npy, films.csv and splits.csv
 
 # %% Imports: this script finds its own folder first, whatever the working directory is
 import contextlib
-import gzip
 import hashlib
+import http.client
 import os
 import re
 import shutil
 import socket
 import sys
 import tarfile
-import tempfile
-import urllib.error
-import urllib.request
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -71,8 +67,9 @@ sold. Publications must cite: J Suckling et al (1994), "The Mammographic Image A
 Digital Mammogram Database", Exerpta Medica, International Congress Series 1069, pp 375-378."""
 
 
+@common.in_words()
 def find_films(settings):
-    """Find the folder of raw films, or make one.
+    """Find the folder of raw films, or make one; who calls it holds the lock of the data folder.
 
     Parameters
     ----------
@@ -99,9 +96,10 @@ def find_films(settings):
         raise UserError("own films need both --labels FILE and --images DIR (or --archive FILE)")
     raw = common.data_dir(source) / "raw"
     if settings.images:
-        if not Path(settings.images).expanduser().is_dir():
-            raise UserError(f"--images {settings.images} is no folder; name the folder of films")
-        return source, Path(settings.images).expanduser()
+        folder = Path(settings.images).expanduser()
+        if not folder.is_dir() or not film_paths(folder):
+            raise UserError(f"--images {settings.images} is no folder of films; check the name")
+        return source, folder
     if settings.archive:
         return source, extract(Path(settings.archive).expanduser(), raw)
     if raw.is_dir() and film_paths(raw):
@@ -111,25 +109,20 @@ def find_films(settings):
     url = os.environ.get("MIAS_URL", MIRROR)
     try:
         archive = download(url, raw.parent / "all-mias.tar.gz")
-        try:
-            return source, extract(archive, raw)
-        except UserError:
-            archive.unlink()  # or it would be taken for the database next time
-            raise
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
-        reason = getattr(error, "reason", error)
+    except ConnectionError as error:
         if settings.source == "mias":
             raise UserError(
-                f"the database could not be downloaded from {url} ({reason}); download it "
+                f"the database could not be downloaded from {url} ({error}); download it "
                 "elsewhere and name it with --archive FILE, or try --source phantom"
             ) from None
         common.banner(
             "NO MIAS DATABASE: it was not found here and could not be downloaded",
-            f"({url}: {reason}).",
+            f"({url}: {error}).",
             "Going on with SYNTHETIC PHANTOMS. Figures from phantoms say nothing about mammograms.",
             "Have the database? python 01_prepare_data.py --archive all-mias.tar.gz",
         )
         return "phantom", phantom_films(settings)
+    return source, extract(archive, raw, downloaded=True)
 
 
 def download(url, path):
@@ -144,7 +137,7 @@ def download(url, path):
 
     Raises
     ------
-    OSError
+    ConnectionError
         If the server cannot be reached or the transfer breaks off twice.
     """
     if path.is_file():
@@ -163,20 +156,21 @@ def download(url, path):
                     if size and got != size:
                         raise OSError(f"{got} of {size} bytes came")
                 return path
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError, http.client.HTTPException) as error:
                 if attempt == 2:
-                    raise
+                    raise ConnectionError(str(getattr(error, "reason", error))) from None
                 common.warn(f"the download broke off ({error}); trying once more")
     finally:
         socket.setdefaulttimeout(before)
 
 
-def extract(archive, folder):
+def extract(archive, folder, downloaded=False):
     """Unpack the films and Info.txt of an archive, flat, into a new folder.
 
     Only regular files with a film's or a text file's suffix are written, under their base name,
     so no member can land outside; links, devices and upward paths are refused. More than 1 GiB
-    and more than 30 times the archive's own size is taken for a bomb.
+    and more than 30 times the archive's own size is taken for a bomb. A `downloaded` archive
+    that is refused is deleted, or it would be taken for the database next time.
 
     Returns
     -------
@@ -185,34 +179,51 @@ def extract(archive, folder):
     """
     if not archive.is_file():
         raise UserError(f"the archive {archive} is not there; check the name and the folder")
-    stamp = {"archive": archive.name, "bytes": archive.stat().st_size}
-    mark = folder / ".archive.json"
+    size, changed = archive.stat().st_size, archive.stat().st_mtime_ns
+
+    def unpack(temporary):
+        limit = max(1 << 30, 30 * size)
+        for name, length, stream in _members(archive):
+            if ".." in Path(name).parts or name.startswith(("/", "\\")) or stream is None:
+                raise ValueError(f"it has a member that is not allowed: {name!r}")
+            limit -= length
+            if limit < 0:
+                raise ValueError("it unpacks to far more than its size")
+            path = temporary / Path(name).name  # macOS adds ._mdb001.pgm
+            kept = path.suffix.lower() in (*common.FILM_SUFFIXES, ".txt")
+            if kept and not path.name.startswith("."):
+                if path.exists():
+                    raise ValueError(f"it holds {path.name} twice")
+                with open(path, "xb") as file, stream() as data:
+                    shutil.copyfileobj(data, file)
+        if not film_paths(temporary):
+            raise ValueError("it holds no film")
+
+    stamp = {"archive": archive.name, "bytes": size, "changed": changed}
+    try:
+        return _filled(folder, ".archive.json", stamp, unpack)
+    except UserError:  # a full disk, files in the way: not the archive's fault
+        raise
+    except Exception as error:  # damage shows as TarError, BadZipFile, zlib.error, EOFError, ...
+        if downloaded:
+            archive.unlink()
+        raise UserError(
+            f"{archive} is damaged or not to be trusted: {error}; get it again"
+        ) from None
+
+
+def _filled(folder, mark, stamp, fill):
+    """Return a folder after `fill(temporary)`, all or nothing; with the same stamp it is kept."""
+    mark = folder / mark
     if mark.is_file() and common.read_json(mark) == stamp:
         return folder
     if folder.is_dir() and not mark.is_file() and any(folder.iterdir()):
         raise UserError(f"{folder} holds files that are not ours; move them or use --images")
-    limit = max(1 << 30, 30 * stamp["bytes"])
-    temporary = Path(tempfile.mkdtemp(dir=str(_made(folder.parent)), prefix=".raw-"))
-    try:
-        for name, size, stream in _members(archive):
-            if ".." in Path(name).parts or name.startswith(("/", "\\")) or stream is None:
-                raise UserError(f"{archive} has a member that is not allowed: {name!r}")
-            limit -= size
-            if limit < 0:
-                raise UserError(f"{archive} unpacks to far more than its size; not trusted")
-            kept = Path(name).suffix.lower() in (*common.FILM_SUFFIXES, ".txt")
-            if kept and not Path(name).name.startswith("."):  # macOS adds ._mdb001.pgm
-                with open(temporary / Path(name).name, "xb") as file, stream() as data:
-                    shutil.copyfileobj(data, file)
+    common.discard(*folder.parent.glob(".*.part"), *folder.parent.glob(".*.old"))  # of killed runs
+    with common.replacing(folder) as temporary:
+        temporary.mkdir()
+        fill(temporary)
         common.write_json(stamp, temporary / mark.name)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    except FileExistsError as error:
-        raise UserError(f"{archive} holds {Path(error.filename).name} twice") from None
-    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{archive} is damaged or no archive ({error}); get it again") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -233,31 +244,18 @@ def _members(archive):
             pass
 
 
-def _made(folder):
-    """Make a folder and return it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def phantom_films(settings):
     """Make the synthetic films, once for a number of patients and a seed; return their folder."""
     folder = common.data_dir("phantom") / "raw"
     if settings.patients < 12 or not 128 <= settings.phantom_size <= 4096:
         raise UserError("phantoms need at least 12 --patients and a --phantom-size of 128 to 4096")
     stamp = {"patients": settings.patients, "seed": settings.seed, "size": settings.phantom_size}
-    mark = folder / ".phantoms.json"
-    if mark.is_file() and common.read_json(mark) == stamp:
-        return folder
-    print(f"making phantoms of {settings.patients} patients ...", flush=True)
-    temporary = Path(tempfile.mkdtemp(dir=str(_made(folder.parent)), prefix=".raw-"))
-    try:
+
+    def draw(temporary):
+        print(f"making phantoms of {settings.patients} patients ...", flush=True)
         common.make_phantoms(temporary, *stamp.values())
-        common.write_json(stamp, temporary / mark.name)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+
+    return _filled(folder, ".phantoms.json", stamp, draw)
 
 
 def film_paths(folder):
@@ -268,7 +266,8 @@ def film_paths(folder):
 
 
 if __name__ == "__main__":
-    source, folder = find_films(settings)
+    with common.locked(common.data_dir()):  # two processes must not unpack into the same folder
+        source, folder = find_films(settings)
     print(f"{source}: {len(film_paths(folder))} films in {folder}")
 
 
