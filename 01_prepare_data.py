@@ -285,7 +285,7 @@ def parse_info(text, film_height=1024):
     Parameters
     ----------
     text : str
-        The whole file. A row starts with ``mdbNNN`` at column 0; all else is prose.
+        The whole file. The first row starts with ``mdbNNN`` at column 0; before it comes prose.
     film_height : int
         Rows of a film, to turn y over.
 
@@ -303,23 +303,24 @@ def parse_info(text, film_height=1024):
     """
     films, findings, problems = {}, [], []
     for number, line in enumerate(text.lstrip("\ufeff").splitlines(), start=1):
-        row = re.match(r"(mdb\d+)\s+(\S.*)", line, flags=re.IGNORECASE)
-        if not row:
+        if not re.match(r"\s*mdb\d" if films else r"mdb\d", line, flags=re.IGNORECASE):
             continue
-        image, tokens = row[1].lower(), row[2].upper().split()
-        tissue, kind = tokens[0], tokens[1] if len(tokens) > 1 else ""
+        image, *tokens = line.lower().split()
+        tissue, kind, severity, *place = [token.upper() for token in tokens] + [""] * 3
+        if not re.fullmatch(r"mdb\d+", image):
+            problems.append(f"line {number}: film {image!r}")
+            continue
         film = films.setdefault(image, {"tissue": tissue, "severities": []})
         if tissue not in TISSUES or film["tissue"] != tissue:
             problems.append(f"line {number}: tissue {tissue!r} (F, G or D, alike for one film)")
-        if kind == "NORM":
+        if (kind, severity) == ("NORM", ""):
             film["severities"].append("N")
             continue
-        severity = tokens[2] if len(tokens) > 2 else ""
         if kind not in TYPES or severity not in ("B", "M"):
             problems.append(f"line {number}: finding {kind!r}, severity {severity!r}")
             continue
         film["severities"].append(severity)
-        place = " ".join(tokens[3:])
+        place = " ".join(place).strip()
         known = re.fullmatch(r"(\d+) (\d+) (\d+)", place)
         x, y, radius = map(float, known.groups()) if known else (np.nan,) * 3
         if radius == 0 or not known and place not in ("", "*NOTE 3*"):
@@ -331,11 +332,8 @@ def parse_info(text, film_height=1024):
         if "N" in severities and len(set(severities)) > 1:
             problems.append(f"{image} is called normal in one row and not in another")
         label = MALIGNANT if "M" in severities else BENIGN if "B" in severities else NORMAL
-        number = int(image[3:])
-        laterality, count = (
-            ("right", "left")[number % 2 == 0],
-            len(severities) - severities.count("N"),
-        )
+        number, count = int(image[3:]), len(severities) - severities.count("N")
+        laterality = "right" if number % 2 else "left"
         labels.append((image, (number + 1) // 2, laterality, film["tissue"], label, count))
     if problems or not labels:
         found = "; ".join(problems[:10]) or "no row that starts with mdbNNN"
@@ -356,15 +354,15 @@ def read_own_labels(path):
         As `parse_info` gives them; findings is empty.
     """
     try:
-        given = pd.read_csv(path, dtype=str, skipinitialspace=True).rename(columns=str.strip)
+        given = pd.read_csv(path, dtype=str, skipinitialspace=True, header=None)
     except (OSError, ValueError) as error:
-        raise UserError(f"--labels {path} cannot be read as CSV ({error})") from None
-    given.columns = [str(name).lower() for name in given.columns]
+        raise UserError(f"--labels {path} cannot be read as CSV ({str(error).strip()})") from None
+    names = given.iloc[0].fillna("").str.strip().str.lower()
+    given = given.set_axis(names, axis=1)[1:].reset_index(drop=True)
     missing = [name for name in ("image", "label") if name not in given]
-    if missing:
-        raise UserError(
-            f"{path} lacks the column {' and '.join(missing)}; found {', '.join(given.columns)}"
-        )
+    if missing or names.duplicated().any():
+        wrong = f"lacks the column {' and '.join(missing)}" if missing else "has a column twice"
+        raise UserError(f"{path} {wrong}; found {', '.join(names)}")
     if given.empty:
         raise UserError(f"{path} has no rows below its header")
     codes = {name: code for code, name in enumerate(CLASS_NAMES)}
@@ -378,8 +376,9 @@ def read_own_labels(path):
             f"{common.listing(given.loc[bad, 'label'].unique())}); labels are benign, normal, "
             "malignant or 0, 1, 2"
         )
-    if image.duplicated().any():
-        raise UserError(f"{path} names {common.listing(image[image.duplicated()].unique())} twice")
+    twice = image.str.lower().duplicated()
+    if twice.any():
+        raise UserError(f"{path} names {common.listing(image[twice].unique())} twice")
     if "patient" in given and given["patient"].isna().any():
         raise UserError(f"{path}: some rows have no patient; fill the column or leave it out")
     if "patient" not in given:
@@ -399,6 +398,7 @@ def read_own_labels(path):
     return labels, pd.DataFrame(columns=["image", "type", "severity", "x", "y", "radius"])
 
 
+@common.in_words()
 def read_labels(source, folder, settings):
     """Read Info.txt of a folder, or the user's own CSV."""
     if source == "own":
