@@ -609,12 +609,16 @@ def place_film(film, laterality, size):
 
 def plot_crops(labels, folder, size=(512, 288)):
     """Draw two films of each class before and after the crop, the breast outlined."""
-    paths = {path.stem: path for path in film_paths(folder)}
-    examples = labels[labels["image"].isin(paths)].groupby("label").head(2).sort_values("label")
+    paths = {path.stem.lower(): path for path in film_paths(folder)}
+    examples = labels[labels["image"].str.lower().isin(paths)]
+    examples = examples.groupby("label").head(2).sort_values("label")
     figure, axes = plt.subplots(2, 6, figsize=(9, 5), layout="constrained", height_ratios=(2, 3))
     for (before, after), row in zip(axes.T, examples.itertuples()):
-        film = common.read_film(paths[row.image])
-        canvas, _, mask = place_film(film, row.laterality, size)
+        try:
+            film = common.read_film(paths[row.image.lower()])
+            canvas, _, mask = place_film(film, row.laterality, size)
+        except (UserError, ValueError, OSError):
+            continue  # named below, where all films are checked
         before.imshow(film, cmap="gray", vmin=0, vmax=255)
         before.contour(mask, levels=[0.5], colors="#56B4E9", linewidths=1)
         before.set_title(f"{row.image}\n{row.label_name}", fontsize=9)
@@ -671,11 +675,16 @@ def check_films(source, films, labels, allow_partial):
     source : str
         "mias", "phantom" or "own".
     films : DataFrame
-        image, digest, problem ("" if the film could be used).
+        image, digest, problem ("" if the film can be used).
     labels : DataFrame
         One row a film.
     allow_partial : bool
         Warn of films that are missing or unusable instead of ending.
+
+    Returns
+    -------
+    usable : ndarray of bool
+        One value a film.
 
     Raises
     ------
@@ -703,12 +712,14 @@ def check_films(source, films, labels, allow_partial):
     missing = sorted(expected - set(films["image"]))
     broken = films[films["problem"] != ""]
     problems = [f"{len(missing)} films are missing: {common.listing(missing)}"] if missing else []
-    problems += [f"{row.image}: {row.problem}" for row in broken.head(8).itertuples()]
-    problems += [f"and {len(broken) - 8} more"] if len(broken) > 8 else []
+    problems += [f"{row.image}: {row.problem}" for row in broken.itertuples()]
     if problems and not allow_partial:
         raise UserError("; ".join(problems) + ". Get them again, or use --allow-partial")
     if problems:
         common.warn("left out, as --allow-partial says: " + "; ".join(problems))
+    if len(broken) == len(films):
+        raise UserError("no film is left to work with")
+    return (films["problem"] == "").to_numpy()
 
 
 # %% Split patients, never films: no patient is on both sides
@@ -762,6 +773,7 @@ if __name__ == "__main__":
 
 
 # %% Prepare: all films on one canvas array, with all that the later steps need beside it
+FILES = ("films.npy", "films.csv", "labels.csv", "findings.csv", "splits.csv", "prepared.json")
 VERSION = 2  # of the preprocessing; a new one makes every array again
 
 
@@ -788,7 +800,7 @@ def canvas_size(text, source):
     return size
 
 
-def prepare_film(path, laterality, size, source):
+def prepare_film(path, image, laterality, size, source):
     """Read, check and place one film; one that cannot be used comes back as a problem.
 
     Returns
@@ -798,7 +810,7 @@ def prepare_film(path, laterality, size, source):
     row : dict
         A row of films.csv, with problem.
     """
-    row = {"image": path.stem, "file": str(path.resolve()), "digest": "", "problem": ""}
+    row = {"image": image, "file": str(path.resolve()), "digest": "", "problem": ""}
     try:
         film = common.read_film(path)
         row["digest"] = hashlib.sha256(np.ascontiguousarray(film)).hexdigest()[:16]
@@ -812,6 +824,44 @@ def prepare_film(path, laterality, size, source):
         return np.zeros(size, np.uint8), row
 
 
+def prepare_films(paths, labels, size, source, file):
+    """Place all films on the canvases of a new array file.
+
+    Parameters
+    ----------
+    paths, labels : dict of Path, DataFrame
+        The film of each image; image and laterality.
+    size, source : tuple of int, str
+        Canvas height and width, px; the database.
+    file : Path
+        The .npy file.
+
+    Returns
+    -------
+    films : ndarray of uint8, shape (n_films, height, width)
+        A map of the file.
+    table : DataFrame
+        films.csv, with problem.
+    """
+    with open(file, "wb") as empty:  # not a file with holes: on a full disk its map would crash
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), *size)}
+        np.lib.format.write_array_header_1_0(empty, header)
+        for _ in paths:
+            empty.write(bytes(size[0] * size[1]))
+    films = np.load(file, mmap_mode="r+")
+    sides = labels.set_index("image")["laterality"]
+
+    def work(item):
+        number, (image, path) = item
+        films[number], row = prepare_film(path, image, sides[image], size, source)
+        return row
+
+    rows = common.in_threads(work, list(enumerate(paths.items())), "preparing films")
+    films.flush()
+    return films, pd.DataFrame(rows)
+
+
+@common.in_words()
 def prepare(settings):
     """Prepare a database for training: the whole of this script in one call.
 
@@ -828,78 +878,78 @@ def prepare(settings):
     Raises
     ------
     UserError
-        If films, labels or settings cannot be used.
+        If films, labels or settings cannot be used; what was prepared before stays.
     """
-    source, folder = find_films(settings)
-    target = common.data_dir(source)
-    size = canvas_size(settings.size, source)
-    paths = film_paths(folder)
-    inputs = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-    labels, findings = read_labels(source, folder, settings)
-    rows = [labels.to_csv(), findings.to_csv(), settings.allow_partial]
-    key = common.fingerprint(VERSION, source, size, inputs, rows)
-    with common.locked(target):
-        state = target / "prepared.json"
-        if state.is_file() and common.read_json(state)["key"] == key:
+    with common.locked(common.data_dir()):
+        source, folder = find_films(settings)
+        target = common.data_dir(source)
+        size = canvas_size(settings.size, source)
+        paths = film_paths(folder)
+        inputs = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+        labels, findings = read_labels(source, folder, settings)
+        rows = [labels.to_csv(), findings.to_csv(), settings.allow_partial]
+        key = common.fingerprint(VERSION, source, size, inputs, rows)
+        state, fresh = target / "prepared.json", False
+        with contextlib.suppress(UserError):  # nothing is there yet, or it is not whole
+            fresh = load_prepared(source) and common.read_json(state)["key"] == key
+        if fresh:
             print(f"{target} is up to date: {len(paths)} films on {size[0]} x {size[1]} px")
             state.touch()  # steps 2 to 5 take the database that was prepared last
+            splits = split_patients(
+                _read_table(target / "labels.csv"), settings.folds, settings.seed
+            )
+            if not splits.equals(_read_table(target / "splits.csv")):
+                common.write_csv(splits, target / "splits.csv")
         else:
-            for old in (state, target / "splits.csv"):  # what follows is not whole until the end
-                old.unlink() if old.exists() else None
-            _build(source, paths, labels, findings, size, settings, target, key)
-        kept = _read_table(target / "labels.csv")
-        splits = split_patients(kept, settings.folds, settings.seed)
-        old = target / "splits.csv"
-        if not old.is_file() or not splits.equals(_read_table(old)):
-            common.write_csv(splits, target / "splits.csv")
+            new = target / ".new"
+            common.discard(new)  # of a run that was killed
+            with common.in_words(target):
+                try:
+                    new.mkdir(parents=True)
+                    _build(source, paths, labels, findings, size, settings, new, key)
+                    common.discard(state)  # what follows is not whole until the end
+                    for name in FILES:
+                        os.replace(new / name, target / name)
+                finally:
+                    common.discard(new)
     prepared = load_prepared(source)
     if source == "phantom":
         common.banner("SYNTHETIC PHANTOMS: figures from here on say nothing about mammograms.")
     return prepared
 
 
-def _build(source, paths, labels, findings, size, settings, target, key):
-    """Place all films on the canvas array and write the tables beside it, the state last."""
-    laterality = labels.set_index("image")["laterality"]
-    extra = [path.stem for path in paths if path.stem not in laterality.index]
+def _build(source, paths, labels, findings, size, settings, new, key):
+    """Write all that is prepared into a new folder; names match whatever their case."""
+    images = dict(zip(labels["image"].str.lower(), labels["image"]))
+    extra = [path.stem for path in paths if path.stem.lower() not in images]
     if extra:
         common.warn(f"{len(extra)} films have no label and are left out: {common.listing(extra)}")
-    paths = [path for path in paths if path.stem in laterality.index]
-    stems = pd.Series([path.stem for path in paths], dtype=str)
+    paths = [(images[p.stem.lower()], p) for p in paths if p.stem.lower() in images]
+    stems = pd.Series([image for image, _ in paths], dtype=str)
     if stems.duplicated().any():
         raise UserError(f"several files for {common.listing(stems[stems.duplicated()])}")
     if not paths:
         raise UserError(f"none of the labelled films was found; expected {labels['image'][0]}, ...")
-    with common.replacing(target / "films.npy") as temporary:
-        shape = (len(paths), *size)
-        films = np.lib.format.open_memmap(str(temporary), "w+", np.uint8, shape)
-
-        def work(number, films=films):
-            path = paths[number]
-            films[number], row = prepare_film(path, laterality[path.stem], size, source)
-            return row
-
-        table = pd.DataFrame(common.in_threads(work, range(len(paths)), "preparing films"))
-        check_films(source, table, labels, settings.allow_partial)
-        usable = (table["problem"] == "").to_numpy()
-        if usable.all():
-            labels = labels.set_index("image").loc[table["image"]].reset_index()
-            findings = findings[findings["image"].isin(table["image"])].reset_index(drop=True)
-            findings = place_findings(findings, table, films)
-            pixels = hashlib.sha256(films).hexdigest()
-        films.flush()
-        del films, work  # Windows moves no file that is still mapped
-    if not usable.any():
-        raise UserError("no film is left to work with")
+    paths = dict(paths)
+    films, table = prepare_films(paths, labels, size, source, new / "films.npy")
+    usable = check_films(source, table, labels, settings.allow_partial)
     if not usable.all():  # once more, without the ones that have just been named
-        paths = [path for path, good in zip(paths, usable) if good]
-        return _build(source, paths, labels, findings, size, settings, target, key)
-    common.write_csv(table.drop(columns="problem"), target / "films.csv")
-    common.write_csv(labels, target / "labels.csv")
-    common.write_csv(findings, target / "findings.csv")
+        films = None  # Windows writes to no file that is mapped
+        paths = {image: paths[image] for image in table["image"][usable]}
+        films, table = prepare_films(paths, labels, size, source, new / "films.npy")
+    labels = labels.set_index("image").loc[table["image"]].reset_index()
+    findings = findings[findings["image"].isin(table["image"])].reset_index(drop=True)
+    findings = place_findings(findings, table, films)
+    common.write_csv(table.drop(columns="problem"), new / "films.csv")
+    common.write_csv(labels, new / "labels.csv")
+    common.write_csv(findings, new / "findings.csv")
+    # as it will be read again, for the order of the patients decides the folds
+    splits = split_patients(_read_table(new / "labels.csv"), settings.folds, settings.seed)
+    common.write_csv(splits, new / "splits.csv")
+    pixels = hashlib.sha256(films).hexdigest()
     content = common.fingerprint(pixels, labels.to_csv(), findings.round(3).to_csv())
     state = {"key": key, "source": source, "size": list(size), "films": len(paths)}
-    common.write_json({**state, "fingerprint": content}, target / "prepared.json")
+    common.write_json({**state, "fingerprint": content}, new / "prepared.json")
 
 
 def place_findings(findings, table, films):
@@ -924,16 +974,10 @@ def place_findings(findings, table, films):
             common.warn(f"{row.image}: the circle's centre lies off the breast; not used")
             findings.loc[row.Index, ["x", "y", "radius"]] = np.nan
             continue
-        edges = np.array(
-            [row.x - row.radius, row.y - row.radius, row.x + row.radius, row.y + row.radius]
-        ).clip(0, [g.film_width - 1, g.film_height - 1] * 2)
-        crop = [
-            g.crop_left,
-            g.crop_top,
-            g.crop_left + g.crop_width - 1,
-            g.crop_top + g.crop_height - 1,
-        ]
-        if (edges[:2] < crop[:2]).any() or (edges[2:] > crop[2:]).any():
+        centre, last = np.array([row.x, row.y]), (g.film_width - 1, g.film_height - 1)
+        start, end = ((centre + side * row.radius).clip(0, last) for side in (-1, 1))
+        crop = np.array([g.crop_left, g.crop_top])
+        if (start < crop).any() or (end > crop + [g.crop_width - 1, g.crop_height - 1]).any():
             raise UserError(f"{row.image}: the crop cuts its circle at {row.x}, {row.y}")
         canvas[row.Index] = x, y, row.radius * g.scale
     findings[["canvas_x", "canvas_y", "canvas_radius"]] = canvas
@@ -955,27 +999,23 @@ def load_prepared(source):
     """
     folder = common.data_dir(source)
     state = common.read_json(folder / "prepared.json")
-    if not (folder / "splits.csv").is_file():
-        raise UserError(f"{folder} is not whole; run 01_prepare_data.py again")
-    films = np.load(folder / "films.npy", mmap_mode="r")
-    names = ("films.csv", "labels.csv", "findings.csv", "splits.csv")
-    table, labels, findings, splits = (_read_table(folder / name) for name in names)
-    if not len(films) == len(table) == len(labels) == len(splits):
-        raise UserError(f"{folder} is not whole; run 01_prepare_data.py again")
+    try:
+        films = np.load(folder / "films.npy", mmap_mode="r")
+        names = ("films.csv", "labels.csv", "findings.csv", "splits.csv")
+        table, labels, findings, splits = (_read_table(folder / name) for name in names)
+        if not len(films) == len(table) == len(labels) == len(splits):
+            raise ValueError("films and tables differ in length")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{folder} is not whole ({error}); run 01_prepare_data.py again") from None
     return Prepared(source, folder, films, table, labels, findings, splits, state["fingerprint"])
 
 
 def _read_table(path):
     """Read a CSV of ours; names stay text, even 001 and NA."""
     text = dict.fromkeys(("image", "patient", "digest"), str)
-    return pd.read_csv(
-        path,
-        dtype=text,
-        keep_default_na=False,
-        na_values={
-            name: [""] for name in ("x", "y", "radius", "canvas_x", "canvas_y", "canvas_radius")
-        },
-    )
+    numbers = ("x", "y", "radius", "canvas_x", "canvas_y", "canvas_radius")
+    empty = dict.fromkeys(numbers, [""])
+    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=empty)
 
 
 if __name__ == "__main__":
