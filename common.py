@@ -388,6 +388,9 @@ def read_film(path):
             return to_uint8(_read_dicom(path))
         with Image.open(path) as image:
             if image.mode == "P" or len(image.getbands()) > 1:
+                colours = np.array(image.convert("RGB"))
+                if np.ptp(colours, axis=2).max() > 32:  # JPEG alone tints a grey film a little
+                    warn(f"{path} has colours; marks on a film may give its label away")
                 image = image.convert("L")  # a grey film that was saved in colour
             return to_uint8(np.array(image))
     except FileNotFoundError:
