@@ -4,6 +4,7 @@ The tests of the real database need its archive: ``MIAS_ARCHIVE=all-mias.tar.gz 
 """
 
 import contextlib
+import errno
 import hashlib
 import http.server
 import importlib
@@ -59,6 +60,16 @@ def refused(function, *arguments, **keywords):
     with pytest.raises(UserError) as error:
         function(*arguments, **keywords)
     return str(error.value)
+
+
+def patched(name, error):
+    """Return the arguments with which monkeypatch lets ``module.attribute`` raise an error."""
+    module, attribute = name.rsplit(".", 1)
+
+    def fail(*arguments, **keywords):
+        raise error
+
+    return importlib.import_module(module), attribute, fail
 
 
 def brightness_inside(film, x, y, radius):
@@ -208,6 +219,11 @@ def test_info_is_read_alike_whatever_its_blanks_line_ends_and_case(change):
         ("mdb009 G CIRC B 1 2 0", "radius"),
         ("mdb009 G CIRC B 53S 425 19", "line 8"),
         ("mdb009 G CIRC B 535 425", "line 8"),
+        ("mdb009", "line 8: tissue ''"),
+        ("mdb003b D SPIC M 3 4 5", "line 8: film 'mdb003b'"),
+        ("mdb003, D SPIC M 3 4 5", "line 8: film 'mdb003,'"),
+        ("mdb009 G NORM B 1 2 3", "finding 'NORM', severity 'B'"),
+        (" mdb002 G SPIC M 3 4 5", "mdb002 is called normal"),
     ],
 )
 def test_a_row_that_makes_no_sense_is_refused_and_named(row, complaint):
@@ -215,7 +231,8 @@ def test_a_row_that_makes_no_sense_is_refused_and_named(row, complaint):
 
 
 def test_a_text_without_films_is_refused_and_a_normal_film_named_twice_has_no_findings():
-    assert "no row" in refused(prepare.parse_info, "a text about mdb001\n")
+    for text in ("", "a text about mdb001\n", "m\0d\0b\x000\x000\x001\0 \0G\0"):  # UTF-16
+        assert "no row" in refused(prepare.parse_info, text)
     labels, _ = prepare.parse_info("mdb001 G NORM\nmdb001 G NORM \n")
     assert labels["findings"].tolist() == [0] and labels["label"].tolist() == [common.NORMAL]
 
@@ -365,6 +382,10 @@ def test_own_labels_are_names_or_numbers_and_no_patient_column_is_said(home, cap
         ("image,label\na.png,cancer\n", ["line 2", "cancer", "malignant"]),
         ("image,label\na.png,3\n", ["line 2", "(found 3)"]),
         ("image,label\na.png,0\na.tif,0\n", ["names a twice"]),
+        ("image,label\na.png,0\nA.png,0\n", ["names A twice"]),
+        ("image,label,Label\na,0,1\n", ["has a column twice"]),
+        ("image,label\na,0,p1\nb,1,p2\n", ["cannot be read", "line 2"]),
+        ("image;label\na;0\n", ["lacks the column image and label", "image;label"]),
         ("image,label,patient\na.png,0,\n", ["no patient"]),
         ("image,label,laterality\na.png,0,up\n", ["laterality", "up"]),
         ("image,label\n", ["mine.csv"]),
@@ -394,12 +415,12 @@ def test_own_films_are_prepared_under_their_own_names(home):
     assert (prepared.splits.groupby("patient")["fold"].nunique() == 1).all()
 
 
-def test_a_split_that_cannot_be_made_is_refused_and_leaves_nothing_to_train_on(home):
-    prepare.prepare(own_films(home))
+def test_a_split_that_cannot_be_made_is_refused_and_the_old_one_stays_whole(home):
+    old = contents(prepare.prepare(own_films(home)).folder)
     few = own_films(home, [f"{n:03d},{min(n // 2, 2) % 3},p{n // 2}" for n in range(12)])
     message = refused(prepare.prepare, few)
     assert "2 folds" in message and "benign 1" in message and "malignant 4" in message
-    refused(prepare.load_prepared, "own")  # not the new films with the old folds
+    assert contents(prepare.load_prepared("own").folder) == old  # not new films with old folds
     one_class = own_films(home, [f"{n:03d},normal,p{n // 2}" for n in range(12)])
     assert "two classes" in refused(prepare.prepare, one_class)
 
@@ -498,7 +519,8 @@ def packed(raw, path, inside=""):
             for film in sorted(raw.iterdir()):
                 file.write(film, inside + film.name)
     else:
-        with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as file:
+        kind = path.suffix[1:].replace("tar", "")  # none, gz, bz2 or xz
+        with tarfile.open(path, f"w:{kind}") as file:
             for film in sorted(raw.iterdir()):
                 file.add(film, inside + film.name)
     return path
@@ -549,7 +571,7 @@ def test_a_zip_made_on_a_mac_gives_the_films_alone(raw, home):
     assert names == [f"mdb{n:03d}" for n in range(1, 25)]
 
 
-@pytest.mark.parametrize("name", ["a.tar.gz", "a.zip"])
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tar.bz2", "a.tar.xz", "a.zip"])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "text", "empty"])
 def test_a_damaged_archive_is_refused_and_named(raw, home, name, damage):
     archive = packed(raw, home / name)
@@ -561,6 +583,36 @@ def test_a_damaged_archive_is_refused_and_named(raw, home, name, damage):
     message = refused(prepare.extract, archive, home / "data" / "raw")
     assert str(archive) in message and "damaged" in message
     assert list((home / "data").iterdir()) == []
+
+
+def test_an_archive_with_a_password_or_without_films_is_refused_and_the_old_films_stay(raw, home):
+    folder = prepare.extract(packed(raw, home / "good.tar"), home / "data" / "raw")
+    old = sorted(folder.iterdir())
+    data = bytearray(packed(raw, home / "secret.zip").read_bytes())
+    data[6] = data[data.index(b"PK\1\2") + 8] = 1  # the flag of an encrypted member
+    (home / "secret.zip").write_bytes(data)
+    with zipfile.ZipFile(home / "empty.zip", "w"), tarfile.open(home / "empty.tar", "w"):
+        pass
+    with zipfile.ZipFile(home / "text.zip", "w") as file:
+        file.writestr("Info.txt", "mdb001 G NORM")
+    for name, reason in [
+        ("secret.zip", "encrypted"),
+        *[(f"{n}", "holds no film") for n in ("empty.zip", "empty.tar", "text.zip")],
+    ]:
+        message = refused(prepare.extract, home / name, folder)
+        assert str(home / name) in message and reason in message
+        assert sorted(folder.iterdir()) == old and list(folder.parent.iterdir()) == [folder]
+
+
+def test_an_archive_that_changed_under_its_name_and_size_is_unpacked_again(raw, home):
+    archive = packed(raw, home / "a.tar")
+    folder = prepare.extract(archive, home / "data" / "raw")
+    text = (folder / "Info.txt").read_bytes()
+    other = text.replace(b"CIRC B", b"CIRC M")
+    archive.write_bytes(archive.read_bytes().replace(text, other))
+    os.utime(archive, ns=(0, 0))
+    prepare.extract(archive, folder)
+    assert (folder / "Info.txt").read_bytes() == other != text
 
 
 def test_a_missing_archive_or_foreign_files_in_the_way_are_named(raw, home):
@@ -605,9 +657,11 @@ def finished(tmp_path_factory):
         pool = stack.enter_context(ThreadPoolExecutor(4))
         jobs = {"silent mias": pool.submit(find_mias)}
         jobs["silent auto"] = pool.submit(prepare.find_films, auto)
-        with common.locked(home / "scripts" / "phantom"):
-            folder = {"BCD_DATA_DIR": home / "scripts"}
-            scripts = {k: pool.submit(run_script, *c, **folder) for k, c in commands.items()}
+        with common.locked(home / "locked"):
+            scripts = {}
+            for name, command in commands.items():
+                folder = home / ("locked" if name == "locked" else "scripts")
+                scripts[name] = pool.submit(run_script, *command, BCD_DATA_DIR=folder)
             jobs = {key: job.result() for key, job in {**scripts, **jobs}.items()}
         return {**jobs, "said": said.getvalue()}
 
@@ -686,6 +740,19 @@ def test_a_download_that_is_no_archive_is_not_kept(mirror, home):
     refused(prepare.find_films, prepare.Settings(source="mias"))
     mirror.data = good
     assert prepare.find_films(prepare.Settings(source="mias"))[0] == "mias"
+
+
+@pytest.mark.parametrize(
+    "writer", ["shutil.copyfileobj", "os.fsync", "01_prepare_data.download_url"]
+)
+def test_a_full_disk_is_no_failed_download_and_no_reason_for_phantoms(mirror, home, writer):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*patched(writer, OSError(errno.ENOSPC, "No space left on device")))
+        message = refused(prepare.find_films, prepare.Settings())
+    assert "the disk is full" in message and str(home / "data" / "mias") in message
+    left = [path.name for path in (home / "data" / "mias").iterdir()]
+    assert left in ([], ["all-mias.tar.gz"])  # the archive whole, or nothing
+    assert prepare.find_films(prepare.Settings())[0] == "mias"
 
 
 def test_a_silent_server_is_known_within_15_seconds_and_phantoms_take_over_under_auto(finished):
