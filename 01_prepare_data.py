@@ -194,7 +194,7 @@ def extract(archive, folder, downloaded=False):
             if kept and not path.name.startswith("."):
                 if path.exists():
                     raise ValueError(f"it holds {path.name} twice")
-                with open(path, "xb") as file, stream() as data:
+                with open(path, "wb") as file, stream() as data:
                     shutil.copyfileobj(data, file)
         if not film_paths(temporary):
             raise ValueError("it holds no film")
@@ -207,9 +207,7 @@ def extract(archive, folder, downloaded=False):
     except Exception as error:  # damage shows as TarError, BadZipFile, zlib.error, EOFError, ...
         if downloaded:
             archive.unlink()
-        raise UserError(
-            f"{archive} is damaged or not to be trusted: {error}; get it again"
-        ) from None
+        raise UserError(f"{archive} is damaged or not safe: {error}; get it again") from None
 
 
 def _filled(folder, mark, stamp, fill):
@@ -260,9 +258,8 @@ def phantom_films(settings):
 
 def film_paths(folder):
     """Return the film files of a folder, sorted by name."""
-    suffixes = common.FILM_SUFFIXES
     paths = (path for path in Path(folder).iterdir() if not path.name.startswith("."))
-    return sorted(path for path in paths if path.suffix.lower() in suffixes)
+    return sorted(path for path in paths if path.suffix.lower() in common.FILM_SUFFIXES)
 
 
 if __name__ == "__main__":
@@ -825,24 +822,7 @@ def prepare_film(path, image, laterality, size, source):
 
 
 def prepare_films(paths, labels, size, source, file):
-    """Place all films on the canvases of a new array file.
-
-    Parameters
-    ----------
-    paths, labels : dict of Path, DataFrame
-        The film of each image; image and laterality.
-    size, source : tuple of int, str
-        Canvas height and width, px; the database.
-    file : Path
-        The .npy file.
-
-    Returns
-    -------
-    films : ndarray of uint8, shape (n_films, height, width)
-        A map of the file.
-    table : DataFrame
-        films.csv, with problem.
-    """
+    """Place films, {image: path}, in a new .npy file; return its map and films.csv with problem."""
     with open(file, "wb") as empty:  # not a file with holes: on a full disk its map would crash
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), *size)}
         np.lib.format.write_array_header_1_0(empty, header)
@@ -895,9 +875,7 @@ def prepare(settings):
         if fresh:
             print(f"{target} is up to date: {len(paths)} films on {size[0]} x {size[1]} px")
             state.touch()  # steps 2 to 5 take the database that was prepared last
-            splits = split_patients(
-                _read_table(target / "labels.csv"), settings.folds, settings.seed
-            )
+            splits = _split(target, settings)
             if not splits.equals(_read_table(target / "splits.csv")):
                 common.write_csv(splits, target / "splits.csv")
         else:
@@ -912,7 +890,7 @@ def prepare(settings):
                         os.replace(new / name, target / name)
                 finally:
                     common.discard(new)
-    prepared = load_prepared(source)
+        prepared = load_prepared(source)  # under the lock, before the next process changes it
     if source == "phantom":
         common.banner("SYNTHETIC PHANTOMS: figures from here on say nothing about mammograms.")
     return prepared
@@ -924,13 +902,13 @@ def _build(source, paths, labels, findings, size, settings, new, key):
     extra = [path.stem for path in paths if path.stem.lower() not in images]
     if extra:
         common.warn(f"{len(extra)} films have no label and are left out: {common.listing(extra)}")
-    paths = [(images[p.stem.lower()], p) for p in paths if p.stem.lower() in images]
-    stems = pd.Series([image for image, _ in paths], dtype=str)
-    if stems.duplicated().any():
-        raise UserError(f"several files for {common.listing(stems[stems.duplicated()])}")
+    found = [path for path in paths if path.stem.lower() in images]
+    paths = {images[path.stem.lower()]: path for path in found}
+    several = [path.stem for path in found if path not in paths.values()]
+    if several:
+        raise UserError(f"several files for {common.listing(several)}")
     if not paths:
         raise UserError(f"none of the labelled films was found; expected {labels['image'][0]}, ...")
-    paths = dict(paths)
     films, table = prepare_films(paths, labels, size, source, new / "films.npy")
     usable = check_films(source, table, labels, settings.allow_partial)
     if not usable.all():  # once more, without the ones that have just been named
@@ -943,13 +921,16 @@ def _build(source, paths, labels, findings, size, settings, new, key):
     common.write_csv(table.drop(columns="problem"), new / "films.csv")
     common.write_csv(labels, new / "labels.csv")
     common.write_csv(findings, new / "findings.csv")
-    # as it will be read again, for the order of the patients decides the folds
-    splits = split_patients(_read_table(new / "labels.csv"), settings.folds, settings.seed)
-    common.write_csv(splits, new / "splits.csv")
+    common.write_csv(_split(new, settings), new / "splits.csv")
     pixels = hashlib.sha256(films).hexdigest()
     content = common.fingerprint(pixels, labels.to_csv(), findings.round(3).to_csv())
     state = {"key": key, "source": source, "size": list(size), "films": len(paths)}
     common.write_json({**state, "fingerprint": content}, new / "prepared.json")
+
+
+def _split(folder, settings):
+    """Split the patients as labels.csv names them, for their order decides the folds."""
+    return split_patients(_read_table(folder / "labels.csv"), settings.folds, settings.seed)
 
 
 def place_findings(findings, table, films):

@@ -555,10 +555,8 @@ def listing(names, most=8):
 def choose_device(name="auto"):
     """Return a torch.device: the named one, or the best that is there (cuda, mps, cpu)."""
     if name == "auto":
-        mps = getattr(torch.backends, "mps", None)
-        name = (
-            "cuda" if torch.cuda.is_available() else "mps" if mps and mps.is_available() else "cpu"
-        )
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         torch.empty(1, device=name)
         return torch.device(name)

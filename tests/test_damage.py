@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +134,14 @@ def test_names_of_films_match_whatever_their_case_but_not_twice(ready, capsys):
     prepare.plot_crops(first.labels, first.folder / "raw")
     assert "warning" not in capsys.readouterr().err
     Image.fromarray(breast()).save(first.folder / "raw" / "mdb001.png")
-    assert "several files for mdb001" in refused(prepare.prepare, tiny())
+    assert "several files for MDB001" in refused(prepare.prepare, tiny())
+
+
+def test_names_in_a_csv_match_whatever_their_case(home):
+    rows = [f"{n:03d},{n // 2 % 3},p{n // 2}" for n in range(1, 12)]
+    choice = own_films(home, ["Left.PNG,0,p0", *rows])
+    (home / "scans" / "000.png").rename(home / "scans" / "LEFT.png")
+    assert prepare.prepare(choice).labels["image"].tolist()[-1] == "Left"
 
 
 def test_the_same_film_under_two_names_is_refused(home):
@@ -268,12 +274,19 @@ can_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot
 CHOICES = [tiny(seed=seed, size=size) for seed, size in ((0, "64x64"), (1, "72x64"))]
 
 
+def content(prepared):
+    """Return a digest of the films and all tables, which do not belong together after a mix-up."""
+    tables = [table.drop(columns="file", errors="ignore").to_csv() for table in prepared[3:7]]
+    pixels = hashlib.sha256(prepared.films).hexdigest()
+    return common.fingerprint(prepared.fingerprint, pixels, tables)
+
+
 def whole_data(home, monkeypatch):
-    """Return the fingerprint of each choice, prepared on its own."""
+    """Return the content of each choice, prepared on its own."""
     prints = []
     for n, choice in enumerate(CHOICES):
         monkeypatch.setenv("BCD_DATA_DIR", str(home / f"alone-{n}"))
-        prints.append(prepare.prepare(choice).fingerprint)
+        prints.append(content(prepare.prepare(choice)))
     monkeypatch.setenv("BCD_DATA_DIR", str(home / "data"))
     return prints
 
@@ -283,7 +296,7 @@ def prepare_often(choice, start, results, rounds):
     start.wait()
     for _ in range(rounds):
         try:
-            results.put(prepare.prepare(choice).fingerprint)
+            results.put(content(prepare.prepare(choice)))
         except BaseException as error:  # a UserError or a bug, for the test to tell
             results.put(f"{type(error).__name__}: {error}")
 
@@ -304,29 +317,44 @@ def test_two_processes_that_prepare_at_once_do_each_other_no_harm(home, monkeypa
     refusals = [text for text in said if "another process is writing to" in text]
     assert set(said) <= {*alone, *refusals} and all("UserError" in text for text in refusals)
     assert set(said) & set(alone)
-    for choice, fingerprint in zip(CHOICES, alone):
-        assert prepare.prepare(choice).fingerprint == fingerprint
+    for choice, whole in zip(CHOICES, alone):
+        assert content(prepare.prepare(choice)) == whole
+
+
+def prepare_until_killed(choice, moment):
+    """Prepare in a process of its own, which kills itself in the middle of the work."""
+    calls = iter(range(999999))
+
+    def deadly(function):
+        def counted(*arguments, **keywords):
+            if next(calls) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **keywords)
+
+        return counted
+
+    for owner, name in [(os, "replace"), (os, "fsync"), (Image.Image, "save")]:
+        setattr(owner, name, deadly(getattr(owner, name)))
+    prepare.prepare_film = deadly(prepare.prepare_film)
+    prepare.prepare(choice)
 
 
 @can_fork
 def test_a_kill_at_any_moment_leaves_whole_data_or_none_and_no_rubbish(home, monkeypatch):
-    alone, chance = whole_data(home, monkeypatch), random.Random(0)
-    fork, found = multiprocessing.get_context("fork"), []
-    for n in range(10):
-        start, results = fork.Barrier(2), fork.Queue()
-        worker = fork.Process(target=prepare_often, args=(CHOICES[n % 2], start, results, 1))
+    alone, found, killed = whole_data(home, monkeypatch), [], 0
+    moments = [*range(0, 50, 8), *range(51, 68)]  # films drawn, then placed, then moves into place
+    for n, moment in enumerate(random.Random(0).sample(moments, 12)):
+        fork = multiprocessing.get_context("fork")
+        worker = fork.Process(target=prepare_until_killed, args=(CHOICES[n % 2], moment))
         worker.start()
-        start.wait()
-        time.sleep(chance.uniform(0, 0.4))
-        os.kill(worker.pid, signal.SIGKILL)
         worker.join()
+        killed += worker.exitcode == -signal.SIGKILL  # some have whole phantoms and end earlier
         try:
-            found.append(prepare.load_prepared("phantom").fingerprint)
+            found.append(content(prepare.load_prepared("phantom")))
         except UserError as error:
-            found.append("none")
             assert "prepared.json is not there" in str(error)
-    assert set(found) <= {*alone, "none"}
-    assert prepare.prepare(CHOICES[0]).fingerprint == alone[0]
-    assert prepare.prepare(CHOICES[1]).fingerprint == alone[1]
+    assert killed >= 8 and set(found) <= set(alone)
+    for choice, whole in zip(CHOICES, alone):
+        assert content(prepare.prepare(choice)) == whole
     names = {path.name for path in (home / "data" / "phantom").iterdir()}
     assert names == {*prepare.FILES, "raw"}
