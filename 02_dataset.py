@@ -284,11 +284,15 @@ def balanced_sampler(labels, generator):
     return WeightedRandomSampler(weights.tolist(), len(labels), generator=generator)
 
 
-def batches(dataset, batch_size, sampler=None):
-    """Yield ``(films, labels, rows)`` of an epoch; in order if there is no sampler."""
+def batches(dataset, batch_size, sampler=None, rank=0, size=1):
+    """Yield ``(films, labels, rows)`` of an epoch; in order if there is no sampler.
+
+    Of `size` processes that train together, each takes every size-th film of a larger batch; the
+    last, smaller batch is left out there, since all must take part in every step.
+    """
     order = SequentialSampler(dataset) if sampler is None else sampler
-    for numbers in BatchSampler(order, batch_size, drop_last=False):
-        yield dataset.__getitems__(numbers)
+    for numbers in BatchSampler(order, batch_size * size, drop_last=size > 1):
+        yield dataset.__getitems__(numbers[rank::size])
 
 
 if __name__ == "__main__":

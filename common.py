@@ -1,11 +1,13 @@
 """The tool drawer of the five scripts: nothing in here is about mammograms as such.
 
 Sections: names and folders; errors; settings and the command line; files that are never half
-written; reading films; what a session shows; device, precision and seeds; phantoms.
+written; reading films; what a session shows; device, precision and team; phantoms.
 """
 
+import atexit
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import errno
 import hashlib
@@ -28,7 +30,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
 # ---------------------------------------------------------------------- names and folders
@@ -466,7 +470,8 @@ class Progress:
     def __init__(self, total, label):
         self.total, self.label = total, label
         self.done, self.start, self.drawn = 0, time.perf_counter(), 0.0
-        self.live = in_ipython() or sys.stdout.isatty()
+        alone = "TORCHELASTIC_RUN_ID" not in os.environ  # lines of several would overwrite another
+        self.live = alone and (in_ipython() or sys.stdout.isatty())
         self.width = 0
 
     def step(self, count=1, text=""):
@@ -549,14 +554,15 @@ def listing(names, most=8):
     return ", ".join(names[:most]) + more
 
 
-# ---------------------------------------------------------------------- device, precision, seeds
+# ---------------------------------------------------------------------- device, precision, team
 
 
 def choose_device(name="auto"):
     """Return a torch.device: the named one, or the best that is there (cuda, mps, cpu)."""
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available():  # processes of torchrun take a device each
+            name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     try:
         torch.empty(1, device=name)
         return torch.device(name)
@@ -579,6 +585,75 @@ def choose_precision(name, device):
         probe = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         native = device.type == "cpu" and bool(probe())
     return torch.bfloat16 if native else torch.float32
+
+
+class Team(typing.NamedTuple):
+    """The processes that torchrun started, or this one alone."""
+
+    rank: int = 0
+    size: int = 1
+
+    def wait(self):
+        """Wait until all have come here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def first(self, work):
+        """Let rank 0 call `work` before the others do: it makes what they find made."""
+        if self.rank > 0:
+            self.wait()
+        result = work()
+        if self.rank == 0:
+            self.wait()
+        return result
+
+    def collect(self, value):
+        """Return the values of all ranks as a list, on every rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+
+ALONE = Team()
+
+
+def join_team():
+    """Return the Team of this process; to be called once (torchrun sets the environment)."""
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        return ALONE
+    if not dist.is_initialized():
+        # A process that is done waits for those that still train, however long that takes.
+        dist.init_process_group(timeout=datetime.timedelta(days=30))
+        atexit.register(dist.destroy_process_group)
+    return Team(dist.get_rank(), dist.get_world_size())
+
+
+class Stopwatch:
+    """Seconds spent in named phases: ``with watch("forward"): ...``.
+
+    Parameters
+    ----------
+    device : torch.device, optional
+        A GPU works behind the program's back; its work is waited for at the end of a phase.
+    """
+
+    def __init__(self, device=None):
+        self.seconds = {}
+        self.wait = torch.cuda.synchronize if device and device.type == "cuda" else lambda: None
+
+    @contextlib.contextmanager
+    def __call__(self, phase):
+        """Add the time that the block takes to a phase."""
+        start = time.perf_counter()
+        yield
+        self.wait()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def table(self):
+        """Return a DataFrame with the seconds and the share of every phase, the largest first."""
+        seconds = pd.Series(self.seconds).sort_values(ascending=False)
+        return pd.DataFrame({"seconds": seconds, "share": seconds / seconds.sum()}).round(3)
 
 
 # ---------------------------------------------------------------------- phantoms
