@@ -45,10 +45,11 @@ class Settings:
 # plain: what most projects do, one label a film and the mean over the last stage (32 px a place).
 # lesion: places of 16 px, by a skip from the stage before (FCN-16s of Long, Shelhamer and Darrell,
 # CVPR 2015); the film's evidence for a lesion is the mean of its strongest places, and in
-# training the radiologists' circles say where the lesions are.
+# training the radiologists' circles say where the lesions are. Batch-norm statistics stay as
+# pretrained: those of eight films are noise.
 RECIPES = {
-    "plain": {"skip": False, "pooling": "mean"},
-    "lesion": {"skip": True, "pooling": "top"},
+    "plain": {"skip": False, "pooling": "mean", "keep_statistics": False},
+    "lesion": {"skip": True, "pooling": "top", "keep_statistics": True},
 }
 
 if __name__ == "__main__":
@@ -60,23 +61,21 @@ class GreyConv2d(nn.Conv2d):
     """A first convolution that gives on a grey film what the RGB one gives on three equal channels.
 
     The RGB network sees ``(grey - mean_c) / std_c`` in channel c, so its kernels fold into one for
-    the grey values and one for a constant. The constant has a kernel of its own, since zero
-    padding comes after the normalisation: a bias would be wrong along the border.
+    the grey values and one for a constant. The constant is a channel of ones, not a bias, since
+    zero padding comes after the normalisation: a bias would be wrong along the border.
     """
 
     MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)  # ImageNet, torchvision's values
     STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
     def __init__(self, rgb):
-        super().__init__(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
-        weight = rgb.weight.detach()
-        self.weight = nn.Parameter((weight / self.STD).sum(1, keepdim=True))
-        self.constant = nn.Parameter((-weight * self.MEAN / self.STD).sum(1, keepdim=True))
+        super().__init__(2, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        grey = rgb.weight.detach() / self.STD  # (64, 3, 7, 7)
+        self.weight = nn.Parameter(torch.stack([grey.sum(1), -(grey * self.MEAN).sum(1)], 1))
 
     def forward(self, films):
         """Map films of shape (B, 1, H, W), 0 to 1, to (B, 64, H / 2, W / 2)."""
-        ones = torch.ones_like(films[:1])
-        return super().forward(films) + F.conv2d(ones, self.constant, None, 2, 3)
+        return super().forward(torch.cat([films, torch.ones_like(films)], 1))
 
 
 class MammogramNet(nn.Module):
@@ -111,7 +110,7 @@ class MammogramNet(nn.Module):
         for layer in filter(None, (self.head, self.skip)):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
-        self.frozen = 0
+        self.frozen, self.keep_statistics = 0, False
 
     def stages(self):
         """Return the five stages of the backbone in their order."""
@@ -170,10 +169,13 @@ class MammogramNet(nn.Module):
         return self.train(self.training)
 
     def train(self, mode=True):
-        """Switch to training, but for the frozen stages."""
+        """Switch to training, but for the frozen stages and statistics that are to be kept."""
         super().train(mode)
         for stage in self.stages()[: self.frozen]:
             stage.eval()
+        for module in self.backbone.modules() if self.keep_statistics else ():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
         return self
 
 
@@ -271,10 +273,9 @@ def build_model(weights="auto", recipe="lesion", dropout=0.2, freeze=-1):
     if state is not None:
         rgb = resnet18(weights=None)
         rgb.load_state_dict(state, strict=False)
-        grey = GreyConv2d(rgb.conv1).state_dict()
-        state = {n: v for n, v in state.items() if n != "conv1.weight" and n[:3] != "fc."}
-        state.update({f"conv1.{n}": v for n, v in grey.items()})
-        model.backbone.load_state_dict(state)
+        rgb.conv1, rgb.fc = GreyConv2d(rgb.conv1), nn.Identity()
+        model.backbone.load_state_dict(rgb.state_dict())
+        model.keep_statistics = RECIPES[recipe]["keep_statistics"]
     return model.freeze((0 if state is None else 3) if freeze < 0 else freeze), name
 
 
@@ -291,23 +292,61 @@ if __name__ == "__main__":
     print(f"weights: {weights_name}; frozen stages: {model.frozen}")
 
 
-# %% Predict: logits of films, and where the network looked
+# %% Predict: logits of films, what the other breast adds, and probabilities
+def with_mirror(films):
+    """Turn uint8 films (B, 1, H, W) to 0 to 1, and put each one upside down behind them."""
+    films = films.float() / 255
+    return torch.cat([films, films.flip(2)])
+
+
 def predict(model, dataset, batch_size=8, dtype=torch.float32, progress=None):
-    """Return the film logits (n_films, 3) of a dataset, float32 on the CPU, in its order."""
+    """Return the logits (n_films, 3) of a dataset, float32 on the CPU, in its order.
+
+    Each is the mean over the film and its mirror image, which training showed as often.
+    """
     device = next(model.parameters()).device
     model.eval()
     logits = []
     with torch.inference_mode():
         for films, _, _ in data.batches(dataset, batch_size):
-            films = films.to(device, memory_format=torch.channels_last).float() / 255
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits.append(model(films)[0].float().cpu())
+                both = model(with_mirror(films.to(device)))[0]
+            logits.append(torch.stack(both.float().chunk(2)).mean(0).cpu())
             if progress:
                 progress.step(len(films))
     return torch.cat(logits)
 
 
-def fit_temperature(logits, labels):
+def beside_other_breast(logits, patients, sides):
+    """Judge each film against the same patient's other breast, as radiologists do.
+
+    Breasts of one woman are alike, so that what both show is her tissue and what one shows is
+    news: a film's logits are raised by as much as they exceed the other's.
+
+    Parameters
+    ----------
+    logits : tensor or ndarray, shape (n_films, 3)
+        Of each film alone.
+    patients : sequence of int or str, length n_films
+        Whose film it is.
+    sides : sequence of str, length n_films
+        "left", "right" or "" for unknown.
+
+    Returns
+    -------
+    logits : tensor, shape (n_films, 3)
+        Twice the film's own minus the (mean of the) other's. A film whose other breast is not
+        among the films keeps its own.
+    """
+    logits, sides = pd.DataFrame(np.asarray(logits)), pd.Series(np.asarray(sides))
+    patients = np.asarray(patients)
+    means = logits.groupby([patients, sides.to_numpy()]).mean()
+    opposite = sides.map({"left": "right", "right": "left"}).fillna("no other")
+    others = means.reindex(pd.MultiIndex.from_arrays([patients, opposite])).to_numpy()
+    return torch.tensor((2 * logits - others).fillna(logits).to_numpy())
+
+
+def fit_temperature(logits, labels, prior):
     """Return the temperature that makes validation probabilities most likely.
 
     Guo, Pleiss, Sun and Weinberger, On Calibration of Modern Neural Networks, ICML 2017.
@@ -318,6 +357,8 @@ def fit_temperature(logits, labels):
         Of validation films.
     labels : int tensor, shape (n_films,)
         Theirs.
+    prior : float tensor, shape (3,)
+        See `probabilities`.
 
     Returns
     -------
@@ -325,25 +366,36 @@ def fit_temperature(logits, labels):
         Above 1 where the network was too sure; kept within 0.05 and 20.
     """
     candidates = torch.linspace(-3, 3, 1201).exp()  # steps of half a per cent
-    losses = torch.stack([F.cross_entropy(logits / t, labels) for t in candidates])
+    losses = torch.stack([F.cross_entropy(logits / t + prior.log(), labels) for t in candidates])
     return float(candidates[losses.argmin()])
 
 
-def softmax(logits, temperature=1.0):
-    """Return probabilities of logits (n, 3) at a temperature."""
-    return F.softmax(torch.as_tensor(logits) / temperature, dim=1).numpy()
+def probabilities(logits, temperature, prior):
+    """Return calibrated probabilities (n_films, 3), float32 ndarray.
+
+    Parameters
+    ----------
+    logits : tensor or ndarray, shape (n_films, 3)
+        Of a network that was trained as if the classes were equally frequent.
+    temperature : float
+        Divides them.
+    prior : tensor, shape (3,)
+        How frequent the classes are among the training films, by Bayes' rule; ones if training
+        was not balanced.
+    """
+    return F.softmax(torch.as_tensor(logits) / temperature + prior.log(), dim=1).numpy()
 
 
 class Reading(NamedTuple):
     """What a model says of films."""
 
-    logits: np.ndarray  # float32, (n, 3), before the temperature
+    logits: np.ndarray  # float32, (n, 3), of each film alone, not calibrated
     cams: np.ndarray  # float32, (n, h, w), Grad-CAM of the likelier lesion class
-    evidence: np.ndarray  # float32, (n, h', w'), log-odds of the likelier lesion class, per place
+    places: np.ndarray  # float32, (n, h', w'), 0 to 1, of that class against normal, per place
 
 
 def read_films(model, dataset, batch_size, dtype, progress):
-    """Predict films and compute Grad-CAM in the same pass.
+    """Predict films as `predict` does, and compute Grad-CAM in the same pass.
 
     Grad-CAM (Selvaraju et al., ICCV 2017) weighs the channels of the last stage with the mean
     gradient of a class's logit; here of benign or malignant, whichever is likelier.
@@ -377,17 +429,20 @@ def read_films(model, dataset, batch_size, dtype, progress):
     model.requires_grad_(False)  # the gradient runs from the logit to the last stage, no further
     try:
         for films, _, _ in data.batches(dataset, batch_size):
-            films = films.to(device, memory_format=torch.channels_last).float() / 255
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits, maps = model(films)
+                each, maps = model(with_mirror(films.to(device)))
+            logits = torch.stack(each.float().chunk(2)).mean(0)
             lesion = torch.where(logits[:, MALIGNANT] > logits[:, BENIGN], MALIGNANT, BENIGN)
-            chosen = logits.gather(1, lesion[:, None]).sum()
-            (gradient,) = torch.autograd.grad(chosen, kept["stage"])
+            (gradient,) = torch.autograd.grad(
+                logits.gather(1, lesion[:, None]).sum(), kept["stage"]
+            )
             weight = gradient.float().mean((2, 3), keepdim=True)
             cams = F.relu((weight * kept["stage"].detach().float()).sum(1))
             maps = maps.detach().float()
-            evidence = maps[torch.arange(len(maps)), lesion] - maps[:, NORMAL]
-            parts.append([t.detach().float().cpu().numpy() for t in (logits, cams, evidence)])
+            evidence = maps[torch.arange(len(maps)), lesion.repeat(2)] - maps[:, NORMAL]
+            heat = [cams.chunk(2), evidence.sigmoid().chunk(2)]
+            cams, places = ((film + mirrored.flip(1)) / 2 for film, mirrored in heat)
+            parts.append([t.detach().float().cpu().numpy() for t in (logits, cams, places)])
             progress.step(len(films))
     finally:
         hook.remove()

@@ -7,9 +7,11 @@ Out: runs/<run>/settings.json, history.csv, figures/, fold-K/best.pt and fold-K/
     python 04_train.py --fold all           every fold, for figures that mean something
     python 04_train.py --recipe plain       the recipe of most public projects, to compare with
     python 04_train.py --resume             goes on with the newest run where it stopped
+    torchrun --nproc-per-node 2 04_train.py --fold all    the folds spread over two processes
 """
 
 # %% Imports: this script finds its own folder first, whatever the working directory is
+import contextlib
 import importlib
 import re
 import shutil
@@ -27,7 +29,8 @@ import pandas as pd
 import torch
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import common
 from common import CLASS_NAMES, MALIGNANT, UserError
@@ -73,6 +76,7 @@ class Settings:
     seed: int = 0  # of weights, order, augmentation and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the hardware has it
+    profile: bool = False  # show at the end where the time went
 
 
 if __name__ == "__main__":
@@ -125,10 +129,12 @@ class Trainer:
         The fold that is the test set; its films are never touched here.
     weights : tuple
         What `load_weights` of step 3 returned.
+    team : Team
+        The processes that train this fold together, each on its share of every batch.
     """
 
-    def __init__(self, settings, prepared, fold, weights):
-        self.settings, self.fold = settings, fold
+    def __init__(self, settings, prepared, fold, weights, team=common.ALONE):
+        self.settings, self.fold, self.team = settings, fold, team
         self.device = common.choose_device(settings.device)
         self.dtype = common.choose_precision(settings.precision, self.device)
         torch.manual_seed(settings.seed)
@@ -144,6 +150,8 @@ class Trainer:
         known = self.training.circles.ngroups > 0 and not settings.shuffle_labels
         self.circles = settings.recipe == "lesion" and known
         self.class_weights = data.class_weights(kept).to(self.device)
+        counts = torch.bincount(kept, minlength=len(CLASS_NAMES)).clamp(min=0.5)
+        self.prior = counts / counts.sum() if settings.balance != "none" else torch.ones(3)
         if settings.balance == "sampler":
             self.sampler = data.balanced_sampler(kept, self.generator)
         else:
@@ -153,7 +161,9 @@ class Trainer:
         )
         self.model = model.to(self.device, memory_format=torch.channels_last)
         # Single weights are noisy at 25 steps an epoch; their average over the last steps is not.
-        self.average = AveragedModel(self.model, avg_fn=self.blend, use_buffers=True)
+        blend = get_ema_multi_avg_fn(settings.ema)
+        self.average = AveragedModel(self.model, multi_avg_fn=blend, use_buffers=True)
+        self.network = DistributedDataParallel(self.model) if team.size > 1 else self.model
         random_start = self.weights_used.startswith("none")
         epochs = settings.epochs or (40 if random_start else 8)
         settings = self.settings = replace(
@@ -164,43 +174,44 @@ class Trainer:
             backbone_lr=settings.lr if random_start else settings.backbone_lr,
         )
         groups = network.parameter_groups(self.model, settings.lr, settings.backbone_lr)
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+        fused = self.device.type in ("cpu", "cuda")  # one pass over the weights in place of many
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=fused)
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, factor=0.5, patience=settings.lr_patience - 1
         )
         self.epoch, self.best_loss, self.best_epoch, self.history = 0, float("inf"), 0, []
         self.saved = 0  # the epoch of last.pt
-
-    def blend(self, average, current, steps):
-        """Move the averaged weights a step towards the current ones, faster in the beginning."""
-        kept = min(self.settings.ema, (1 + float(steps)) / (10 + float(steps)))
-        return average * kept + current * (1 - kept) if average.is_floating_point() else current
+        self.watch = common.Stopwatch(self.device if settings.profile else None)
 
     def losses(self, films, labels, rows):
         """Augment a batch, classify it, and return the loss to train on and the film logits."""
-        films = films.to(self.device).float() / 255
-        maps = None
-        if self.circles:
-            maps, known = self.training.lesion_maps(rows)
-            maps, known = maps.to(self.device), known.to(self.device)
-        films, maps = data.augment(films, labels, self.generator, self.settings.augment, maps)
-        labels = labels.to(self.device)
-        films = films.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits, places = self.model(films)
-        weights = self.class_weights if self.settings.balance == "loss" else None
-        loss = film_loss(logits, labels, weights, self.settings.label_smoothing)
-        if maps is not None:
-            loss = loss + self.settings.lesion_weight * lesion_loss(places, maps, known)
+        with self.watch("augmentation"):
+            films = films.to(self.device).float() / 255
+            maps = None
+            if self.circles:
+                maps, known = self.training.lesion_maps(rows)
+                maps, known = maps.to(self.device), known.to(self.device)
+            films, maps = data.augment(films, labels, self.generator, self.settings.augment, maps)
+            labels = labels.to(self.device)
+        with self.watch("forward"):
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                logits, places = self.network(films)
+            weights = self.class_weights if self.settings.balance == "loss" else None
+            loss = film_loss(logits, labels, weights, self.settings.label_smoothing)
+            if maps is not None:
+                loss = loss + self.settings.lesion_weight * lesion_loss(places, maps, known)
         return loss, logits.detach()
 
     def train_epoch(self, progress):
         """Train on every batch of an epoch; return the mean loss and the accuracy."""
         self.model.train()
         total = hits = count = 0
-        for films, labels, rows in data.batches(
-            self.training, self.settings.batch_size, self.sampler
-        ):
+        epoch = data.batches(self.training, self.settings.batch_size, self.sampler, *self.team)
+        while True:
+            with self.watch("batches"):
+                films, labels, rows = next(epoch, (None, None, None))
+            if films is None:
+                break
             loss, logits = self.losses(films, labels, rows)
             if not torch.isfinite(loss):
                 names = self.training.prepared.labels["image"].iloc[rows.numpy()]
@@ -208,27 +219,43 @@ class Trainer:
                     f"the loss became {loss.item()} in epoch {self.epoch + 1} at the films "
                     f"{common.listing(names)}; the last good checkpoint is kept. Try a lower --lr"
                 )
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_norm)
-            self.optimizer.step()
-            self.average.update_parameters(self.model)
+            with self.watch("backward"):
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+            with self.watch("optimiser"):
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_norm)
+                self.optimizer.step()
+                self.average.update_parameters(self.model)
             total += loss.item() * len(rows)
             hits += (logits.argmax(1).cpu() == labels).sum().item()
             count += len(rows)
-            progress.step(len(rows), f"loss {total / count:.3f}")
+            progress.step(len(rows) * self.team.size, f"loss {total / count:.3f}")
+        if not count:
+            raise UserError(
+                f"{len(self.training)} training films do not fill one batch of {self.team.size} "
+                "processes; start fewer, or use a smaller --batch-size"
+            )
+        total, hits, count = np.sum(self.team.collect((total, hits, count)), axis=0)
         return total / count, hits / count
 
     def validate(self):
         """Predict the validation films; return their logits, labels and metrics."""
-        logits = network.predict(
-            self.average.module, self.validation, self.settings.batch_size, self.dtype
-        )
-        labels = self.validation.labels[self.validation.rows]
-        predicted = logits.argmax(1)
+        rank, size = self.team
+        for buffer in self.average.buffers() if size > 1 else ():
+            torch.distributed.broadcast(buffer, 0)  # batch-norm statistics are each process's own
+        rows = self.validation.rows
+        share = data.MammogramDataset(self.validation.prepared, rows[rank::size])
+        logits = torch.empty(len(rows), len(CLASS_NAMES))
+        mine = network.predict(self.average.module, share, self.settings.batch_size, self.dtype)
+        for number, part in enumerate(self.team.collect(mine)):
+            logits[number::size] = part
+        labels, films = self.validation.labels[rows], self.validation.prepared.labels.iloc[rows]
+        judged = network.beside_other_breast(logits, films["patient"], films["laterality"])
+        temperature = network.fit_temperature(judged, labels, self.prior)
+        judged = judged / temperature + self.prior.log()
+        predicted = judged.argmax(1)
         metrics = {
-            # every class counts alike here, as it does in training
-            "val_loss": film_loss(logits, labels, data.class_weights(labels)).item(),
+            "val_loss": F.cross_entropy(judged, labels).item(),
             "val_accuracy": accuracy_score(labels, predicted),
             "val_macro_f1": f1_score(labels, predicted, average="macro", zero_division=0),
             "val_malignant_recall": recall_score(
@@ -304,7 +331,7 @@ HISTORY = [
 ]  # fmt: skip
 
 
-def fit_fold(settings, prepared, fold, weights, folder, record):
+def fit_fold(settings, prepared, fold, weights, folder, record, team=common.ALONE):
     """Train one fold, or go on with it.
 
     Parameters
@@ -321,6 +348,8 @@ def fit_fold(settings, prepared, fold, weights, folder, record):
         runs/<run>.
     record : dict
         settings.json, stored in the checkpoints too.
+    team : Team
+        The processes that train this fold together; rank 0 writes.
 
     Returns
     -------
@@ -331,13 +360,13 @@ def fit_fold(settings, prepared, fold, weights, folder, record):
     whole : bool
         False if the user stopped it.
     """
-    trainer = Trainer(settings, prepared, fold, weights)
+    trainer = Trainer(settings, prepared, fold, weights, team)
     target = folder / f"fold-{fold}"
     if settings.resume and (target / "last.pt").is_file():
         trainer.restore(load_last(target))
-        write_history(trainer, target)  # a run may be killed between last.pt and history.csv
-    for part in folder.rglob(".*.part"):
-        part.unlink()  # of a killed run; the folder is locked, so nobody writes it now
+        team.wait()  # all have read it before one writes
+        if team.rank == 0:
+            write_history(trainer, target)  # a run may be killed between last.pt and history.csv
     stopped = False
     try:
         while not trainer.finished():
@@ -351,6 +380,8 @@ def fit_fold(settings, prepared, fold, weights, folder, record):
         raise UserError(
             f"the device ran out of memory; try --batch-size {max(settings.batch_size // 2, 1)}"
         ) from None
+    if trainer.watch.seconds and settings.profile and team.rank == 0:
+        common.table(trainer.watch.table(), f"where the time of fold {fold} went")
     if (target / "best.pt").is_file():
         trainer.model.load_state_dict(common.read_checkpoint(target / "best.pt")["model"])
     return trainer.model.eval(), pd.DataFrame(trainer.history, columns=HISTORY), not stopped
@@ -364,7 +395,8 @@ def run_epoch(trainer, target, record):
     progress = common.Progress(count, f"fold {trainer.fold} epoch {trainer.epoch + 1}")
     train_loss, train_accuracy = trainer.train_epoch(progress)
     speed = count / (time.perf_counter() - start)
-    logits, labels, metrics = trainer.validate()
+    with trainer.watch("validation"):
+        logits, labels, metrics = trainer.validate()
     if not np.isfinite(metrics["val_loss"]):
         raise UserError(
             f"the validation loss became {metrics['val_loss']} in epoch {trainer.epoch + 1}; the "
@@ -387,19 +419,28 @@ def run_epoch(trainer, target, record):
     better = metrics["val_loss"] < trainer.best_loss
     if better:
         trainer.best_loss, trainer.best_epoch = metrics["val_loss"], trainer.epoch
-        images = trainer.validation.prepared.labels["image"].iloc[trainer.validation.rows]
-        best = {
-            "model": trainer.average.module.state_dict(),
-            "validation": {"images": list(images), "logits": logits, "labels": labels},
-            "temperature": network.fit_temperature(logits, labels),
-            "epoch": trainer.epoch,
-            "fold": trainer.fold,
-            "record": record,
-        }
-        save_checkpoint(best, target / "best.pt")
-    save_checkpoint({**trainer.state(), "record": record}, target / "last.pt")
+    if trainer.team.rank == 0:
+        with trainer.watch("checkpoints"):
+            if better:
+                films = trainer.validation.prepared.labels.iloc[trainer.validation.rows]
+                best = {
+                    "model": trainer.average.module.state_dict(),
+                    "validation": {
+                        "logits": logits,
+                        "labels": labels,
+                        **{n: list(films[n]) for n in ("image", "patient", "laterality")},
+                    },
+                    "prior": trainer.prior,
+                    "epoch": trainer.epoch,
+                    "fold": trainer.fold,
+                    "record": record,
+                }
+                save_checkpoint(best, target / "best.pt")
+            save_checkpoint({**trainer.state(), "record": record}, target / "last.pt")
+            write_history(trainer, target)
     trainer.saved = trainer.epoch
-    write_history(trainer, target)
+    if trainer.team.rank > 0:
+        return
     left = (trainer.settings.epochs - trainer.epoch) * row["seconds"]
     progress.close(
         f"fold {trainer.fold} epoch {trainer.epoch:2d}/{trainer.settings.epochs}  "
@@ -412,8 +453,8 @@ def run_epoch(trainer, target, record):
 
 def save_checkpoint(state, path):
     """Save tensors and plain values, completely or not at all."""
-    with common.replacing(path) as temporary:
-        torch.save(state, temporary)
+    with common.replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)  # given a name, torch would not say that the disk is full
 
 
 def load_last(target):
@@ -427,15 +468,22 @@ def load_last(target):
 
 
 def write_history(trainer, target):
-    """Write a fold's history.csv, and put the folds' histories together in the run's."""
+    """Write a fold's history.csv, and with it the run's."""
     common.write_csv(pd.DataFrame(trainer.history, columns=HISTORY), target / "history.csv")
-    folder = target.parent
+    merge_histories(target.parent)
+
+
+def merge_histories(folder):
+    """Put the histories of a run's folds together in the run's own."""
     parts = sorted(folder.glob("fold-*/history.csv"))
-    common.write_csv(pd.concat([pd.read_csv(p) for p in parts]), folder / "history.csv")
+    if parts:  # none if every fold failed in its first epoch
+        common.write_csv(pd.concat([pd.read_csv(p) for p in parts]), folder / "history.csv")
 
 
 # %% A run: a new name, or an old one that fits; then fold after fold
-FREE_ON_RESUME = ("fold", "run", "resume", "overwrite", "epochs", "patience", "device", "precision")
+FREE_ON_RESUME = (
+    "fold", "run", "resume", "overwrite", "epochs", "patience", "device", "precision", "profile",
+)  # fmt: skip
 
 
 def newest_run():
@@ -546,8 +594,30 @@ def named_folds(text, total):
     return [int(name) for name in names]
 
 
+def begin_run(settings, folder, record):
+    """Write settings.json, or check that a run that is gone on with began with these weights."""
+    for part in folder.rglob(".*.part"):
+        part.unlink()  # of a killed run; the folder is locked, so nobody writes it now
+    began = common.read_json(folder / "settings.json") if settings.resume else record
+    if began["weights_used"] != record["weights_used"]:
+        raise UserError(
+            f"{folder.name} began with the weights {began['weights_used']}, not "
+            f"{record['weights_used']}; name the same ones with --weights"
+        )
+    common.write_json(record, folder / "settings.json")
+    data_used = record["data"]
+    print(
+        f"run {folder.name}: {record['source_used']}, {data_used['films']} films of "
+        f"{'x'.join(map(str, data_used['size']))} px, recipe {settings.recipe}, weights: "
+        f"{record['weights_used']}, {record['parameters_trained']:,} parameters trained on "
+        f"{record['device_used']} in {record['precision_used']}"
+    )
+
+
 def train(settings):
     """Train the folds that the settings name: the whole of this script in one call.
+
+    Started by torchrun, its processes share the folds, or train a single one together.
 
     Returns
     -------
@@ -560,31 +630,41 @@ def train(settings):
     """
     if settings.epochs < 0 or settings.batch_size < 1 or settings.lr <= 0:
         raise UserError("batch size must be at least 1, epochs not negative, the rate above 0")
-    prepared = data.prepared_source(settings.source)
+    team = common.join_team()
+    prepared = team.first(lambda: data.prepared_source(settings.source))
     total = int(prepared.splits["fold"].max()) + 1
     named_folds(settings.fold, total)  # before open_run deletes anything
-    settings, folder = open_run(settings, prepared)
+    opened = open_run(settings, prepared) if team.rank == 0 else None
+    settings, folder = team.collect(opened)[0]
     names = named_folds(settings.fold, total)
-    with common.locked(folder):
-        weights = network.load_weights(settings.weights)
-        record = describe_run(prepared, folder, Trainer(settings, prepared, 0, weights))
-        began = common.read_json(folder / "settings.json") if settings.resume else record
-        if began["weights_used"] != record["weights_used"]:
-            raise UserError(
-                f"{folder.name} began with the weights {began['weights_used']}, not "
-                f"{record['weights_used']}; name the same ones with --weights"
-            )
-        common.write_json(record, folder / "settings.json")
-        print(
-            f"run {folder.name}: {prepared.source}, {len(prepared.films)} films of "
-            f"{'x'.join(map(str, record['data']['size']))} px, recipe {settings.recipe}, weights: "
-            f"{record['weights_used']}, {record['parameters_trained']:,} parameters trained on "
-            f"{record['device_used']} in {record['precision_used']}"
-        )
-        for fold in map(int, names):
-            model, history, whole = fit_fold(settings, prepared, fold, weights, folder, record)
+    # Several folds are dealt out to the processes; one fold is trained by all of them together.
+    dealt = team.size > 1 and len(names) > 1
+    mine, crew = (names[team.rank :: team.size], common.ALONE) if dealt else (names, team)
+    with common.locked(folder) if team.rank == 0 else contextlib.nullcontext():
+        weights = team.first(lambda: network.load_weights(settings.weights))
+        record = describe_run(prepared, folder, Trainer(settings, prepared, names[0], weights))
+        if team.rank == 0:
+            begin_run(settings, folder, record)
+        problems, whole, model, history = [], True, None, pd.DataFrame()
+        team.wait()  # nobody writes before the run is begun
+        for fold in mine:
+            try:
+                model, history, whole = fit_fold(
+                    settings, prepared, fold, weights, folder, record, crew
+                )
+            except UserError as error:
+                if crew is team:
+                    raise
+                problems.append(f"fold {fold}: {error}")  # the other processes go on
             if not whole:
                 break
+        problems, whole = sum(team.collect(problems), []), all(team.collect(whole))
+        if team.rank == 0 and team.size > 1:
+            merge_histories(folder)
+    if team.rank > 0:
+        return model, pd.DataFrame(), folder
+    if problems:
+        raise UserError("; ".join(problems) + ". --resume goes on with these folds")
     history = pd.read_csv(folder / "history.csv") if (folder / "history.csv").is_file() else history
     follow = f"python 05_evaluate.py --run {folder.name}"
     again = f"python 04_train.py --resume --run {folder.name}"

@@ -7,6 +7,7 @@ Out: runs/<run>/predictions.csv, metrics.json, report.html and figures/.
     python 05_evaluate.py --run mias-lesion-001 --recall 0.9  another one, another operating point
     python 05_evaluate.py --compare RUN1 RUN2                 two runs side by side
     python 05_evaluate.py --image film.png --laterality left  a film of yours
+    python 05_evaluate.py --image left.png right.png --pair   both breasts of one person
 """
 
 # %% Imports: this script finds its own folder first, whatever the working directory is
@@ -54,13 +55,15 @@ class Settings:
     seed: int = 0  # of the resampling
     compare: Tuple[str, ...] = ()  # two runs to put side by side
     image: Tuple[str, ...] = ()  # films of your own to read, in place of judging the run
-    laterality: Literal["", "left", "right"] = ""  # of your films; empty: judged by the light
+    laterality: Literal["", "left", "right"] = ""  # of your (first) film; empty: by the light
+    pair: bool = False  # your two films are both breasts of one person: each is judged beside it
     batch_size: int = 8  # films at a time
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the hardware has it
 
 
 PROBABILITIES = [f"p_{name}" for name in CLASS_NAMES]
+ALONE = [f"alone_{name}" for name in CLASS_NAMES]  # the same without the other breast
 CLAIM = {"accuracy": 0.82, "malignant recall": 0.95, "macro F1": 0.81}  # seed project, no protocol
 
 if __name__ == "__main__":
@@ -69,13 +72,33 @@ if __name__ == "__main__":
 
 # %% Load the run: the best checkpoint of every fold that was trained
 class Fold(NamedTuple):
-    """A fold's model with what its validation patients chose."""
+    """A fold's model with the validation films that chose its epoch and set its probabilities."""
 
     number: int
     model: network.MammogramNet
-    temperature: float  # divides the logits
-    validation: dict  # images, logits (n, 3) and labels (n,) of the best epoch
+    prior: torch.Tensor  # (3,), how frequent the classes are in training
+    validation: dict  # image, patient, laterality, logits (n, 3) and labels (n,) of the best epoch
     epoch: int
+
+    def temperature(self, beside):
+        """Return what divides the logits of films judged beside the other breast, or alone."""
+        return network.fit_temperature(
+            judged(self.validation["logits"], self.validation, beside),
+            self.validation["labels"],
+            self.prior,
+        )
+
+    def probabilities(self, logits, films, beside):
+        """Return calibrated probabilities (n, 3); `films` has each one's patient and laterality."""
+        logits = judged(logits, films, beside)
+        return network.probabilities(logits, self.temperature(beside), self.prior)
+
+
+def judged(logits, films, beside):
+    """Return logits of films, beside the patient's other breast if that is wanted."""
+    if not beside:
+        return logits
+    return network.beside_other_breast(logits, films["patient"], films["laterality"])
 
 
 def load_folds(folder, record, device="auto"):
@@ -98,6 +121,8 @@ def load_folds(folder, record, device="auto"):
     folds = []
     for path in sorted(folder.glob("fold-*/best.pt")):
         checkpoint = common.read_checkpoint(path)
+        if "prior" not in checkpoint:
+            raise UserError(f"{path} is of an older version; train the run again")
         model = network.MammogramNet(record["recipe"], record["dropout"])
         try:
             model.load_state_dict(checkpoint["model"])
@@ -105,11 +130,17 @@ def load_folds(folder, record, device="auto"):
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} does not fit recipe {record['recipe']} ({reason})") from None
         model = model.to(common.choose_device(device), memory_format=torch.channels_last).eval()
-        folds.append(Fold(checkpoint["fold"], model, checkpoint["temperature"],
+        folds.append(Fold(checkpoint["fold"], model, checkpoint["prior"],
                           checkpoint["validation"], checkpoint["epoch"]))  # fmt: skip
     if not folds:
         raise UserError(f"{folder} has no fold-K/best.pt yet; python 04_train.py --resume makes it")
     return folds
+
+
+def chosen_on_validation(folds):
+    """Return a row per fold: the epoch and the temperature that its validation films chose."""
+    rows = [(f.number, f.epoch, f.temperature(True), len(f.validation["labels"])) for f in folds]
+    return pd.DataFrame(rows, columns=["fold", "best epoch", "temperature", "validation films"])
 
 
 def find_run(name):
@@ -133,10 +164,8 @@ if __name__ == "__main__":
         folder, record = find_run(settings.run)
         folds = load_folds(folder, record, settings.device)
         prepared = data.prepared_source(record["source_used"])
-        chosen = [(f.number, f.epoch, f.temperature, len(f.validation["labels"])) for f in folds]
-        columns = ["fold", "best epoch", "temperature", "validation films"]
         title = f"run {folder.name}, {record['source_used']}, weights: {record['weights_used']}"
-        common.table(pd.DataFrame(chosen, columns=columns).round(2), title)
+        common.table(chosen_on_validation(folds).round(2), title)
 
 
 # %% Predict: every film by the model that never saw its patient, and where that model looked
@@ -146,7 +175,8 @@ def predict_run(folds, prepared, record, settings):
     Returns
     -------
     predictions : DataFrame
-        image, patient, fold, label, p_benign, p_normal, p_malignant (calibrated), predicted.
+        image, patient, fold, label, p_benign, p_normal, p_malignant (calibrated, judged beside the
+        patient's other breast), predicted, and the probabilities of each film alone.
     reading : Reading
         In the same order.
     """
@@ -166,11 +196,12 @@ def predict_run(folds, prepared, record, settings):
     for fold in folds:
         test = data.MammogramDataset(prepared, rows[fold.number], labels)
         reading = network.read_films(fold.model, test, settings.batch_size, dtype, progress)
-        probabilities = network.softmax(reading.logits, fold.temperature)
         table = prepared.splits.iloc[test.rows][["image", "patient", "fold"]].copy()
         table["label"] = labels[test.rows]
-        table[PROBABILITIES] = probabilities
-        table["predicted"] = probabilities.argmax(1)
+        films = prepared.labels.iloc[test.rows]
+        table[PROBABILITIES] = fold.probabilities(reading.logits, films, beside=True)
+        table["predicted"] = table[PROBABILITIES].to_numpy().argmax(1)
+        table[ALONE] = fold.probabilities(reading.logits, films, beside=False)
         tables.append(table)
         readings.append(reading)
     progress.close()
@@ -207,17 +238,23 @@ def choose_threshold(scores, positive, recall):
     return float(ranked[max(needed, 1) - 1]) if len(ranked) else 0.0
 
 
-def operating_points(folds, recall):
+def operating_points(folds, recall, beside=True):
     """Return a row per fold: its threshold and the malignant validation films that chose it."""
     if not 0 <= recall <= 1:
         raise UserError(f"--recall {recall}: expected a share, 0 to 1")
     rows = []
     for fold in folds:
-        scores = network.softmax(fold.validation["logits"], fold.temperature)[:, MALIGNANT]
+        scores = fold.probabilities(fold.validation["logits"], fold.validation, beside)
         positive = fold.validation["labels"].numpy() == MALIGNANT
-        threshold = choose_threshold(scores, positive, recall)
+        threshold = choose_threshold(scores[:, MALIGNANT], positive, recall)
         rows.append((fold.number, threshold, int(positive.sum()), len(positive)))
     return pd.DataFrame(rows, columns=["fold", "threshold", "malignant", "films"])
+
+
+def above_threshold(predictions, thresholds):
+    """Return whether p_malignant of each film lies at or above its fold's threshold, bool (n,)."""
+    limits = predictions["fold"].map(thresholds.set_index("fold")["threshold"])
+    return (predictions["p_malignant"] >= limits).to_numpy()
 
 
 def wilson(hits, n):
@@ -230,18 +267,21 @@ def wilson(hits, n):
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
+def promise(n, recall):
+    """Say what a threshold that n malignant films chose promises of patients to come."""
+    if n * (1 - recall) >= 1:
+        return f"At least {n} malignant validation films chose each threshold."
+    return (
+        f"With {n} malignant validation films a recall of {recall} cannot be promised:\n"
+        f"even {n} of {n} found leaves it between {wilson(n, n)[0]:.2f} and 1."
+    )
+
+
 if __name__ == "__main__" and folder:
     thresholds = operating_points(folds, settings.recall)
-    recalled = (
-        predictions["p_malignant"].to_numpy()
-        >= predictions["fold"].map(thresholds.set_index("fold")["threshold"]).to_numpy()
-    )
+    recalled = above_threshold(predictions, thresholds)
     common.table(thresholds.round(4), f"thresholds for a malignant recall of {settings.recall}")
-    fewest = int(thresholds["malignant"].min())
-    if fewest * (1 - settings.recall) < 1:
-        low = wilson(fewest, fewest)[0]
-        print(f"With {fewest} malignant validation films a recall of {settings.recall} cannot be")
-        print(f"promised: even {fewest} of {fewest} found leaves it between {low:.2f} and 1.")
+    print(promise(int(thresholds["malignant"].min()), settings.recall))
 
 
 # %% Metrics: pooled over the folds, with intervals from resampling patients
@@ -262,6 +302,8 @@ def patient_weights(patients, folds, resamples, seed):
     weights : ndarray of float32, shape (1 + resamples + n_folds, n)
         First all films once, then the resamples, then each fold alone.
     """
+    if resamples < 1:
+        raise UserError(f"--resamples {resamples}: expected at least 1")
     names, index = np.unique(np.asarray(patients), return_inverse=True)
     rng = np.random.default_rng(seed)
     drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
@@ -286,6 +328,19 @@ def weighted_precision(scores, positive, weights):
     found, seen = np.cumsum(w * hit, axis=1), np.cumsum(w, axis=1)
     precision = found / np.maximum(seen, 1e-9)
     return (precision * w * hit).sum(1) / np.maximum(found[:, -1], 1e-9)
+
+
+def specificity_at(recall, scores, positive, weights):
+    """Return the specificity where the ROC curve reaches a recall, for every row of weights."""
+    order = np.argsort(-scores, kind="stable")
+    w, hit = weights[:, order], positive[order]
+    found, passed = np.cumsum(w * hit, axis=1), np.cumsum(w * ~hit, axis=1)
+    # the first film at which enough are found, and those that tie with it
+    first = (found >= recall * found[:, -1:] - 1e-6).argmax(1)
+    last = np.searchsorted(-scores[order], -scores[order][first], side="right") - 1
+    known = (found[:, -1] > 0) & (passed[:, -1] > 0)
+    return np.divide(passed[:, -1] - passed[np.arange(len(w)), last], passed[:, -1],
+                     out=np.full(len(w), np.nan), where=known)  # fmt: skip
 
 
 def measure(predictions, recalled, weights):
@@ -327,6 +382,7 @@ def measure(predictions, recalled, weights):
         values["AUC benign/malignant"] = weighted_auc(ratio, one, label == BENIGN, weights)
         each = [weighted_auc(p[:, c], label == c, label != c, weights) for c in range(3)]
         values["AUC macro"] = np.mean(each, axis=0)
+        values["specificity at recall 0.95"] = specificity_at(0.95, p[:, MALIGNANT], one, weights)
         values["average precision malignant"] = weighted_precision(p[:, MALIGNANT], one, weights)
         tp, fn = (weights[:, one & recalled].sum(1), weights[:, one & ~recalled].sum(1))
         fp, tn = (weights[:, rest & recalled].sum(1), weights[:, rest & ~recalled].sum(1))
@@ -352,15 +408,48 @@ if __name__ == "__main__" and folder:
         predictions["patient"], predictions["fold"], settings.resamples, settings.seed
     )
     metrics = summarise(measure(predictions, recalled, weights), settings.resamples)
-    n_folds, n_patients = len(folds), predictions["patient"].nunique()
     scope = (
         f"{'SYNTHETIC PHANTOMS, ' if record['synthetic'] else ''}n = {len(predictions)} films of "
-        f"{n_patients} patients, {n_folds} of {record['data']['folds']} folds, seed "
+        f"{predictions['patient'].nunique()} patients, {len(folds)} of "
+        f"{record['data']['folds']} folds, seed "
         f"{record['seed']}, weights: {record['weights_used']}"
     )
     common.table(metrics.round(3), f"test metrics, 95 % intervals over patients; {scope}")
-    if n_folds < record["data"]["folds"]:
+    if len(folds) < record["data"]["folds"]:
         print("Not all folds are trained: a figure for the whole database needs --fold all.")
+
+
+# %% The other breast: what judging a film beside it changes, both ways with their intervals
+BOTH_WAYS = ["AUC malignant", "AUC abnormal", "accuracy", "macro F1", "malignant recall",
+             "specificity at recall 0.95", "recall at the point",
+             "specificity at the point"]  # fmt: skip
+
+
+def film_alone(predictions):
+    """Return the predictions as they are without the patient's other film."""
+    own = predictions[ALONE].to_numpy()
+    return predictions.assign(**dict(zip(PROBABILITIES, own.T)), predicted=own.argmax(1))
+
+
+def measure_alone(predictions, folds, weights, settings):
+    """Return the metrics, as `summarise` gives them, of every film judged alone."""
+    alone = film_alone(predictions)
+    recalled = above_threshold(alone, operating_points(folds, settings.recall, beside=False))
+    return summarise(measure(alone, recalled, weights), settings.resamples)
+
+
+def both_ways(alone, beside):
+    """Put the main metrics of films alone and beside the other breast next to each other."""
+    tables = {"film alone": alone, "beside the other breast": beside}
+    kept = {name: table.loc[BOTH_WAYS, ["value", "low", "high"]] for name, table in tables.items()}
+    return pd.concat(kept, axis=1)
+
+
+if __name__ == "__main__" and folder:
+    metrics_alone = measure_alone(predictions, folds, weights, settings)
+    other_breast = both_ways(metrics_alone, metrics)
+    common.table(other_breast.round(3), f"without and with the patient's other film; {scope}")
+    print("Part of the gain is how MIAS was collected: most patients have one abnormal breast.")
 
 
 # %% Check by hand: accuracy, macro-F1 and AUC once more, and scikit-learn must agree
@@ -541,12 +630,12 @@ def plot_calibration(versions, labels, title):
 
 if __name__ == "__main__" and folder:
     label = predictions["label"].to_numpy()
-    calibrated = predictions[PROBABILITIES].to_numpy()
-    versions = {"before": network.softmax(reading.logits), "after": calibrated}
-    calibration = pd.DataFrame(
-        {name: calibration_errors(p, label) for name, p in versions.items()},
-        index=["Brier score", "ECE"],
-    )
+    versions = {
+        "before": network.probabilities(reading.logits, 1.0, torch.ones(3)),
+        "after": predictions[PROBABILITIES].to_numpy(),
+    }
+    errors = {name: calibration_errors(p, label) for name, p in versions.items()}
+    calibration = pd.DataFrame(errors, index=["Brier score", "ECE"])
     common.table(calibration.round(3), f"calibration before and after the temperature; {scope}")
     figure = plot_calibration(versions, label, f"Reliability, n = {len(label)} films{note}")
     common.show(figure, folder / "figures" / "calibration.png")
@@ -598,8 +687,7 @@ if __name__ == "__main__" and folder:
     groups = by_group(predictions, prepared)
     common.table(groups.round(2), f"abnormal films and findings, by group; {scope}")
     if len(groups):
-        called = predictions["predicted"] != NORMAL
-        false_alarms = called[predictions["label"] == NORMAL].mean()
+        false_alarms = (predictions["predicted"] != NORMAL)[predictions["label"] == NORMAL].mean()
         figure = plot_groups(groups, false_alarms, f"By group, 95 % Wilson intervals{note}")
         common.show(figure, folder / "figures" / "groups.png")
 
@@ -628,7 +716,7 @@ def pointing_game(predictions, reading, prepared):
         breast's pixels that would be a hit).
     """
     tolerance, size = 16, prepared.films.shape[1:]
-    found = {"cam": peaks(reading.cams, size), "places": peaks(reading.evidence, size)}
+    found = {"cam": peaks(reading.cams, size), "places": peaks(reading.places, size)}
     number = {image: n for n, image in enumerate(prepared.labels["image"])}
     place = {image: n for n, image in enumerate(predictions["image"])}
     ys, xs = np.mgrid[: size[0], : size[1]]
@@ -706,8 +794,8 @@ if __name__ == "__main__" and folder:
 
 
 # %% Look: the surest hits, the worst misses and the false alarms
-def plot_sheet(predictions, reading, prepared, title):
-    """Draw Grad-CAM over the five most telling films of each kind."""
+def plot_sheet(predictions, maps, prepared, title):
+    """Draw maps (n, h, w) of the predicted films over the five most telling ones of each kind."""
     malignant = predictions[predictions["label"] == MALIGNANT].sort_values("p_malignant")
     normal = predictions[predictions["label"] == NORMAL].sort_values("p_malignant")
     sheet = {
@@ -721,7 +809,7 @@ def plot_sheet(predictions, reading, prepared, title):
             axis.axis("off")
         for axis, (n, row) in zip(line, films.head(5).iterrows()):
             axis.axis("on")
-            draw_film(axis, row["image"], reading.cams[n], prepared)
+            draw_film(axis, row["image"], maps[n], prepared)
             axis.set_title(f"{row['image']}  p = {row['p_malignant']:.2f}", fontsize=8)
         line[0].set_ylabel(kind)
     figure.suptitle(title, fontsize=10)
@@ -729,9 +817,11 @@ def plot_sheet(predictions, reading, prepared, title):
 
 
 if __name__ == "__main__" and folder:
-    title = f"Grad-CAM, p of malignant; blue: the radiologists' circles{note}"
-    figure = plot_sheet(predictions, reading, prepared, title)
+    title = f"p of malignant; blue: the radiologists' circles{note}"
+    figure = plot_sheet(predictions, reading.cams, prepared, f"Grad-CAM, {title}")
     common.show(figure, folder / "figures" / "gradcam.png")
+    figure = plot_sheet(predictions, reading.places, prepared, f"Places, {title}")
+    common.show(figure, folder / "figures" / "places.png")
 
 
 # %% Your own film: put its path between the quotes and run this cell
@@ -747,55 +837,62 @@ def read_own_films(paths, folder, record, settings):
     record : dict
         Its settings.json.
     settings : Settings
-        laterality and recall count.
+        laterality, pair and recall count.
 
     Returns
     -------
     own : DataFrame
         image, p_benign, p_normal, p_malignant (calibrated), predicted, threshold, recalled, note.
     figures : list of Figure
-        One a film: the film, and Grad-CAM over it.
+        One a film: the film, Grad-CAM and the map of places over it.
     """
+    if settings.pair and len(paths) != 2:
+        raise UserError(f"--pair takes the two films of one person, found {len(paths)}")
     folds = load_folds(folder, record, settings.device)
-    threshold = operating_points(folds, settings.recall)["threshold"].mean()
     size = tuple(record["data"]["size"])
-    rows, figures = [], []
-    for path in map(Path, paths):
-        film = common.read_film(path)
+    films = [common.read_film(path) for path in paths]
+    sides, placed = [settings.laterality] * len(films), []
+    if settings.pair and settings.laterality:
+        sides[1] = "left" if settings.laterality == "right" else "right"
+    for path, film, side in zip(paths, films, sides):
         try:
-            canvas, g, _ = prepare.place_film(film, settings.laterality, size)
+            placed.append(prepare.place_film(film, side, size)[:2])
         except ValueError as error:
             raise UserError(f"{path}: {error}; is it a mammogram of one breast?") from None
-        odd = unlike(canvas, record["film_statistics"])
-        dataset = data.MammogramDataset.of_canvases(canvas[None])
-        progress = common.Progress(len(folds), f"reading {path.name}")
-        readings = [network.read_films(f.model, dataset, 1, torch.float32, progress) for f in folds]
-        progress.close()
-        each = [network.softmax(r.logits, f.temperature)[0] for r, f in zip(readings, folds)]
-        p = np.mean(each, axis=0)
-        note = f"unlike the training films: {odd}" if odd else ""
-        rows.append(
-            (
-                str(path),
-                *p,
-                CLASS_NAMES[p.argmax()],
-                threshold,
-                bool(p[MALIGNANT] >= threshold),
-                note,
-            )
-        )
-        if odd:
-            common.warn(f"{path.name} is {note}; the models were never tried on such films")
-        figure, axes = plt.subplots(1, 2, figsize=(7, 4.2), layout="constrained")
-        heat = canvas_on_film(np.mean([r.cams[0] for r in readings], axis=0), g, size)
+    if settings.pair and placed[0][1].mirrored == placed[1][1].mirrored:
+        common.warn("both films look like the same breast; name the first one's --laterality")
+    canvases = np.stack([canvas for canvas, _ in placed])
+    dataset = data.MammogramDataset.of_canvases(canvases)
+    progress = common.Progress(len(folds) * len(films), "reading")
+    readings = [network.read_films(f.model, dataset, 1, torch.float32, progress) for f in folds]
+    progress.close()
+    couple = {"patient": [0] * len(films), "laterality": ["left", "right"][: len(films)]}
+    p = np.mean(
+        [f.probabilities(r.logits, couple, settings.pair) for f, r in zip(folds, readings)], axis=0
+    )
+    own = pd.DataFrame(p, columns=PROBABILITIES)
+    own.insert(0, "image", [str(path) for path in paths])
+    own["predicted"] = [CLASS_NAMES[code] for code in p.argmax(1)]
+    own["threshold"] = operating_points(folds, settings.recall, settings.pair)["threshold"].mean()
+    own["recalled"] = own["p_malignant"] >= own["threshold"]
+    odd = [unlike(canvas, record["film_statistics"]) for canvas in canvases]
+    own["note"] = [f"unlike the training films: {what}" if what else "" for what in odd]
+    for row in own[own["note"] != ""].itertuples():
+        common.warn(f"{row.image} is {row.note}; the models were never tried on such films")
+    cams, places = (np.mean([r[part] for r in readings], axis=0) for part in (1, 2))
+    figures = []
+    for n, (film, (_, g)) in enumerate(zip(films, placed)):
+        figure, axes = plt.subplots(1, 3, figsize=(9, 4.2), layout="constrained")
         draw_heat(axes[0], film, np.zeros(film.shape))
-        draw_heat(axes[1], film, heat)
-        axes[0].set_title(path.name, fontsize=9)
-        axes[1].set_title(", ".join(f"{c} {v:.2f}" for c, v in zip(CLASS_NAMES, p)), fontsize=9)
-        figure.suptitle(common.DISCLAIMER, fontsize=8)
+        draw_heat(axes[1], film, canvas_on_film(cams[n], g, size))
+        draw_heat(axes[2], film, canvas_on_film(places[n], g, size))
+        titles = [Path(paths[n]).name, "Grad-CAM", "lesion, place by place"]
+        for axis, title in zip(axes, titles):
+            axis.set_title(title, fontsize=9)
+        said = ", ".join(f"{name} {value:.2f}" for name, value in zip(CLASS_NAMES, p[n]))
+        figure.suptitle(f"{said}. {common.DISCLAIMER}", fontsize=8)
         figures.append(figure)
-    columns = ["image", *PROBABILITIES, "predicted", "threshold", "recalled", "note"]
-    return pd.DataFrame(rows, columns=columns), figures
+    return own, figures
 
 
 def unlike(canvas, statistics):
@@ -892,6 +989,10 @@ if __name__ == "__main__" and settings.compare:
         f"right only in the first {discordant[0]}, only in the second {discordant[1]} films; "
         f"McNemar p = {discordant[2]:.3f}"
     )
+    records = [common.read_json(common.runs_dir(run) / "settings.json") for run in settings.compare]
+    if any(record["synthetic"] for record in records):
+        common.banner("SYNTHETIC PHANTOMS: this comparison says nothing about mammograms.")
+    print(common.DISCLAIMER)
 
 
 # %% Report: metrics.json and one HTML file with everything in it
@@ -901,13 +1002,14 @@ MODEL_CARD = """
 <li>Protocol: patients, never films, are split; validation patients choose the epoch, the rates,
 the temperature and the threshold; every test film is read once, by the model of its fold, which
 never saw its patient; intervals are 95 % percentiles over resampled patients.</li>
-<li>Model: ResNet18, recipe {recipe}, weights: {weights}.</li>
+<li>Model: ResNet18, recipe {recipe}, weights: {weights}. A film is judged beside the same patient's
+other breast where that is there; the figures of each film alone stand in a table of their own.</li>
 <li>Intended use: teaching and research on method. Not for decisions about people.</li>
 <li>Limits: one small database of digitised film from the 1990s; labels of films, not of biopsies;
 few malignant films, hence wide intervals; no other hospital or scanner was tried.</li></ul>"""
 
 
-def metrics_json(metrics, predictions, record, thresholds, calibration, pointing, settings):
+def metrics_json(metrics, alone, predictions, record, thresholds, calibration, pointing, settings):
     """Return what metrics.json holds: the headline figures, then every table."""
     counts = pd.crosstab(predictions["label"], predictions["predicted"])
     counts = counts.reindex(index=range(3), columns=range(3), fill_value=0)
@@ -922,6 +1024,7 @@ def metrics_json(metrics, predictions, record, thresholds, calibration, pointing
         "malignant_recall": value["malignant recall"],
         "recall_per_class": {c: value[f"{c} recall"] for c in CLASS_NAMES},
         "confusion_matrix": counts.to_numpy(), "metrics": metrics.T.to_dict(),
+        "metrics_film_alone": alone.T.to_dict(),
         "resamples": settings.resamples, "wanted_recall": settings.recall,
         "thresholds": thresholds.to_dict("records"), "calibration": calibration.to_dict(),
         "pointing_game": pointing.T.to_dict(), "disclaimer": common.DISCLAIMER,
@@ -971,10 +1074,13 @@ def write_report(folder, record, scope, tables):
 
 
 if __name__ == "__main__" and folder:
-    values = metrics_json(metrics, predictions, record, thresholds, calibration, pointing, settings)
+    values = metrics_json(
+        metrics, metrics_alone, predictions, record, thresholds, calibration, pointing, settings
+    )
     common.write_json(values, folder / "metrics.json")
     tables = {
         "Metrics": metrics,
+        "Without and with the other breast": other_breast,
         "Beside the claim": claim,
         "Classification report": report,
         "Thresholds": thresholds,

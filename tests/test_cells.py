@@ -18,7 +18,7 @@ STEPS = {  # figures, tables, and what a user in a hurry types after running the
     "02_dataset.py": (3, "parts_mix statistics", ""),
     "03_model.py": (0, "layers output", ""),
     "04_train.py": (1, "history", "settings.epochs = 1"),
-    "05_evaluate.py": (7, "predictions metrics report groups thresholds calibration points", ""),
+    "05_evaluate.py": (8, "predictions metrics report groups thresholds calibration points", ""),
 }
 OTHERS = {"prepared": "Prepared", "parts": "dict", "run_folder": type(PROJECT).__name__}
 each_step = pytest.mark.parametrize("step", STEPS)

@@ -49,6 +49,24 @@ def test_batches_cover_every_film_once_in_order(phantoms):
     assert torch.cat(labels).tolist() == phantoms.labels["label"].iloc[rows].tolist()
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_share_every_batch_without_overlap_and_take_equally_many_steps(phantoms, size):
+    dataset, orders = data.MammogramDataset(phantoms, np.arange(40, 3, -1)), []
+    for seed in (0, 1):
+        samplers = [
+            torch.utils.data.RandomSampler(dataset, generator=generator(seed)) for _ in range(size)
+        ]
+        whole = [data.batches(dataset, 4, samplers[rank], rank, size) for rank in range(size)]
+        steps = [[rows for _, _, rows in share] for share in whole]
+        assert [len(share) for share in steps] == [37 // (4 * size)] * size
+        assert {len(rows) for share in steps for rows in share} == {4}
+        together = torch.stack([torch.stack(share) for share in steps], 2).flatten().tolist()
+        order = torch.randperm(37, generator=generator(seed))[: len(together)]
+        assert together == dataset.rows[order].tolist(), "not dealt out film by film"
+        orders.append(together)
+    assert orders[0] != orders[1]
+
+
 def test_films_are_a_read_only_memory_map_that_batches_copy(phantoms):
     assert isinstance(phantoms.films, np.memmap) and not phantoms.films.flags.writeable
     with pytest.raises(ValueError, match="read-only"):
@@ -273,17 +291,24 @@ def learn(model, steps=1):
         optimizer.step()
 
 
+@pytest.mark.parametrize("recipe", ["plain", "lesion"])
 @pytest.mark.parametrize("frozen", [-1, 1, 5])
-def test_frozen_stages_do_not_change_in_training_nor_do_their_statistics(weights_file, frozen):
-    model, _ = network.build_model(str(weights_file), "lesion", 0.2, frozen)
+def test_frozen_stages_do_not_change_in_training_nor_do_their_statistics(
+    weights_file, frozen, recipe
+):
+    model, _ = network.build_model(str(weights_file), recipe, 0.2, frozen)
     before = {n: v.clone() for n, v in model.backbone.state_dict().items()}
     learn(model.eval().train())
-    after = model.backbone.state_dict()
-    same = {n.split(".")[0] for n, v in after.items() if v.equal(before[n])}
-    changed = {n.split(".")[0] for n, v in after.items() if not v.equal(before[n])}
-    stages = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]
+    after, trained = model.backbone.state_dict(), {n for n, _ in model.backbone.named_parameters()}
     count = {-1: 4, 1: 2, 5: 6}[frozen]
-    assert same == set(stages[:count]) and changed == set(stages[count:])
+    stages = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]
+    for names, free in [
+        (trained, stages[count:]),
+        (set(after) - trained, stages[count:] if recipe == "plain" else []),  # statistics
+    ]:
+        same = {n.split(".")[0] for n in names if after[n].equal(before[n])}
+        changed = {n.split(".")[0] for n in names if not after[n].equal(before[n])}
+        assert changed == set(free) and not same & changed
 
 
 def test_parameter_groups_hold_every_trained_parameter_once_at_its_rate(weights_file):
@@ -305,6 +330,48 @@ def test_logits_and_maps_have_the_promised_shapes_at_any_size(recipe, place):
             logits, maps = model(torch.rand(2, 1, height, width))
         assert logits.shape == (2, 3)
         assert maps.shape == (2, 3, math.ceil(height / place), math.ceil(width / place))
+
+
+# ---------------------------------------------------------------------- step 3: probabilities
+
+
+def test_film_is_judged_beside_the_same_patients_other_breast_in_any_order():
+    own = torch.randn(13, 3, generator=generator())
+    patients = np.array(list("aabccddddeeef"))  # b and f have one film
+    sides = np.array(["left", "right", "left", "", "", "left", "", "left", "left"]
+                     + ["left", "left", "right", "right"])  # fmt: skip
+    wanted = own.clone()  # without the other breast, or not knowing which it is: unchanged
+    wanted[0], wanted[1] = 2 * own[0] - own[1], 2 * own[1] - own[0]
+    wanted[9], wanted[10] = 2 * own[9] - own[11], 2 * own[10] - own[11]  # two films of a side
+    wanted[11] = 2 * own[11] - (own[9] + own[10]) / 2
+    found = network.beside_other_breast(own, patients, sides)
+    assert found.dtype == torch.float32 and torch.allclose(found, wanted, 0, 1e-6)
+    numbers = np.unique(patients, return_inverse=True)[1]
+    for seed in range(5):
+        order = torch.randperm(13, generator=generator(seed)).numpy()
+        for named in (patients, numbers):
+            again = network.beside_other_breast(own[order], named[order], sides[order])
+            assert torch.allclose(again, wanted[order], 0, 1e-6)
+        table = pd.DataFrame({"patient": patients, "side": sides}).iloc[order]  # an odd index
+        again = network.beside_other_breast(own[order].numpy(), table["patient"], table["side"])
+        assert torch.allclose(again, wanted[order], 0, 1e-6)
+
+
+def test_a_film_more_suspicious_than_the_other_breast_gains_and_equal_films_keep_their_logits():
+    own = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 3.0]])
+    for logits, wanted in [(own, [-1, 5]), (own[[1, 1]], [3, 3])]:
+        found = network.beside_other_breast(logits, ["a", "a"], ["right", "left"])
+        assert found[:, MALIGNANT].tolist() == wanted and not found[:, :MALIGNANT].any()
+
+
+def test_probabilities_follow_bayes_rule():
+    likelihoods = torch.tensor([[0.50, 0.25, 0.25], [0.1, 0.1, 0.8]])
+    prior = torch.tensor([0.2, 0.6, 0.2])
+    wanted = [[1 / 3, 1 / 2, 1 / 6], [0.02 / 0.24, 0.06 / 0.24, 0.16 / 0.24]]
+    p = network.probabilities(3 * likelihoods.log(), 3.0, prior)
+    assert p == pytest.approx(np.array(wanted), abs=1e-6) and p.dtype == np.float32
+    p = network.probabilities(3 * likelihoods.log().numpy() + 7, 3.0, torch.ones(3))
+    assert p == pytest.approx(likelihoods.numpy(), abs=1e-6), "without a prior they are given back"
 
 
 # ---------------------------------------------------------------------- step 3: weights

@@ -11,13 +11,14 @@ import runpy
 import shutil
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import PROJECT, run_script
+from conftest import PROJECT, bayes, beside, fitted, run_script
 from PIL import Image
 from sklearn import metrics as sk
 from torch.nn import functional as F
@@ -29,6 +30,7 @@ from common import BENIGN, CLASS_NAMES, MALIGNANT, NORMAL, UserError
 step = importlib.import_module("05_evaluate")
 training, data, network, prepare = step.training, step.data, step.network, step.prepare
 P = step.PROBABILITIES
+ALONE = ["alone_benign", "alone_normal", "alone_malignant"]
 QUICK = {"weights": "none", "epochs": 1, "precision": "fp32", "device": "cpu", "freeze": 5}
 FLAGS = ("--device", "cpu", "--precision", "fp32", "--resamples", "200", "--recall", "0.8")
 
@@ -58,6 +60,7 @@ def intervals(table, resamples=2000, seed=0):
 def by_sklearn(table, recalled):
     y, predicted, p = table["label"].to_numpy(), table["predicted"], table[P].to_numpy()
     one, lesion, each = y == MALIGNANT, y != NORMAL, {"labels": range(3), "zero_division": 0}
+    fpr, tpr, _ = sk.roc_curve(one, p[:, MALIGNANT], drop_intermediate=False)
     ratio, found = p[:, MALIGNANT] / (p[:, MALIGNANT] + p[:, BENIGN]), (recalled & one).sum()
     metrics = {
         "accuracy": sk.accuracy_score(y, predicted),
@@ -67,6 +70,7 @@ def by_sklearn(table, recalled):
         "AUC abnormal": sk.roc_auc_score(lesion, 1 - p[:, NORMAL]),
         "AUC benign/malignant": sk.roc_auc_score(one[lesion], ratio[lesion]),
         "AUC macro": np.mean([sk.roc_auc_score(y == c, p[:, c]) for c in range(3)]),
+        "specificity at recall 0.95": 1 - fpr[tpr >= 0.95 - 1e-9][0],
         "average precision malignant": sk.average_precision_score(one, p[:, MALIGNANT]),
         "recall at the point": sk.recall_score(one, recalled),
         "specificity at the point": sk.recall_score(~one, ~recalled),
@@ -101,6 +105,23 @@ def test_film_that_is_surely_normal_spoils_no_metric():
     table, recalled = judged(np.arange(40) % 3)
     table.loc[0, P] = [0.0, 1.0, 0.0]  # a benign film
     assert np.isfinite(step.measure(table, recalled, np.ones((1, 40), np.float32))).all(axis=None)
+
+
+def test_specificity_at_a_recall_is_read_off_scikit_learns_roc_curve():
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        scores, positive = rng.random(60).round(rng.integers(1, 9)), rng.random(60) < 0.4
+        weights = rng.integers(0, 4, (4, 60)).astype(np.float32)
+        for recall in (0.3, 0.5, 0.8, 0.95, 1.0):
+            found = step.specificity_at(recall, scores, positive, weights)
+            for value, weight in zip(found, weights):
+                fpr, tpr, _ = sk.roc_curve(
+                    positive, scores, sample_weight=weight, drop_intermediate=False
+                )
+                assert value == pytest.approx(1 - fpr[tpr >= recall - 1e-9][0], abs=1e-5)
+    weights[0, positive] = weights[1, ~positive] = 0  # nothing to find, or to pass by
+    found = step.specificity_at(0.8, scores, positive, weights)
+    assert np.isnan(found).tolist() == [True, True, False, False]
 
 
 @pytest.mark.parametrize("k, n, tolerance", [(150, 200, 0.015), (36, 50, 0.03), (490, 500, 0.01)])
@@ -199,13 +220,20 @@ def test_calibration_errors_of_cases_done_by_hand():
 @pytest.mark.parametrize("factor", [0.1, 0.3, 4.0, 12.0])
 def test_temperature_undoes_over_and_underconfidence_and_changes_no_prediction(factor):
     torch.manual_seed(0)
-    fair = 1.5 * torch.randn(4000, 3)
-    labels = torch.multinomial(fair.softmax(1), 1)[:, 0]
-    temperature = network.fit_temperature(fair * factor, labels)
-    assert temperature == pytest.approx(factor, rel=0.1)
-    before, after = (network.softmax(fair * factor, t) for t in (1.0, temperature))
-    assert sk.log_loss(labels, after) < sk.log_loss(labels, before) - 0.01
-    assert (before.argmax(1) == after.argmax(1)).all() and after.sum(1) == pytest.approx(1)
+    fair, ones = 1.5 * torch.randn(4000, 3), torch.ones(3)
+    for prior in (ones, torch.tensor([0.2, 0.65, 0.15])):
+        labels = torch.multinomial(fair.softmax(1) * prior, 1)[:, 0]
+        temperature = network.fit_temperature(fair * factor, labels, prior)
+        assert temperature == pytest.approx(factor, rel=0.1)
+        assert temperature == pytest.approx(fitted(fair * factor, labels, prior), rel=6e-3)
+        before, after, naive = (
+            network.probabilities(fair * factor, t, p)
+            for t, p in [(1.0, prior), (temperature, prior), (temperature, ones)]
+        )
+        assert sk.log_loss(labels, after) < sk.log_loss(labels, before) - 0.01
+        assert prior is ones or sk.log_loss(labels, after) < sk.log_loss(labels, naive) - 0.1
+        assert (naive.argmax(1) == fair.argmax(1).numpy()).all()
+        assert after == pytest.approx(bayes(fair * factor, temperature, prior), abs=1e-5)
 
 
 # ---------------------------------------------------------------------- where the network looks
@@ -253,19 +281,26 @@ def test_logits_grad_cam_and_places_equal_an_independent_computation(recipe):
     predicted = network.predict(model, dataset, 8)  # in training mode until now: no dropout
     reading = network.read_films(model, dataset, 4, torch.float32, common.Progress(6, ""))
     assert (reading.cams > 0).any((1, 2)).sum() > 2 and predicted.std(0).max() > 0.1
-    for n, film in enumerate(torch.from_numpy(dataset.films)[:, None, None].float() / 255):
-        with torch.no_grad():
-            fine, coarse = model.features(film)
-        maps = model.places(fine, coarse.requires_grad_())
-        logits = model.pool(maps)[0]
+    for n, film in enumerate(dataset.films):
+        stages, maps = [], []
+        for way in (film, film[::-1].copy()):  # and upside down
+            with torch.no_grad():
+                fine, coarse = model.features(torch.from_numpy(way)[None, None].float() / 255)
+            stages.append(coarse.requires_grad_())
+            maps.append(model.places(fine, coarse))
+        logits = (model.pool(maps[0])[0] + model.pool(maps[1])[0]) / 2
         lesion = max((BENIGN, MALIGNANT), key=lambda c: logits[c].item())
         logits[lesion].backward()
-        cam = F.relu((coarse.grad.mean((2, 3), keepdim=True) * coarse).sum(1))[0]
-        pairs = [(predicted, logits), (reading.logits, logits), (reading.cams, cam)]
-        pairs.append((reading.evidence, maps[0, lesion] - maps[0, NORMAL]))
+        cams = [F.relu((s.grad.mean((2, 3), keepdim=True) * s).sum(1))[0] for s in stages]
+        places = [F.softmax(m[0, [NORMAL, lesion]], 0)[1] for m in maps]
+        pairs = [(predicted, logits), (reading.logits, logits)]
+        pairs += [(reading.cams, (cams[0] + cams[1].flip(0)) / 2)]
+        pairs += [(reading.places, (places[0] + places[1].flip(0)) / 2)]
         if recipe == "plain":  # linear: Grad-CAM is the map of places without its bias
-            places = F.relu(maps[0, lesion] - model.head.bias[lesion]) / maps[0, 0].numel()
-            pairs.append((reading.cams, places))
+            linear = [
+                F.relu(m[0, lesion] - model.head.bias[lesion]) / m[0, 0].numel() for m in maps
+            ]
+            pairs.append((reading.cams, (linear[0] + linear[1].flip(0)) / 4))
         for found, wanted in pairs:
             assert found[n] == pytest.approx(wanted.detach().numpy(), rel=1e-3, abs=1e-3)
 
@@ -295,6 +330,18 @@ def refusal(done):
     return done.stderr
 
 
+def taught(best):
+    """Change a checkpoint as if its network had learnt something, so that its answers differ."""
+    kept = best["validation"]
+    centre, spread = kept["logits"].mean(0), kept["logits"].std(0).mean()
+    for name, value in best["model"].items():
+        if not name.startswith("backbone."):
+            value /= spread
+    best["model"]["film_bias"] -= centre / spread
+    kept["logits"] = (kept["logits"] - centre) / spread + torch.eye(3)[kept["labels"]]
+    return best
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Train every fold on small phantoms, noting what is read, and evaluate in a process."""
@@ -318,6 +365,8 @@ def run(tmp_path_factory):
             spying.setattr(data.MammogramDataset, "__getitems__", noting_rows)
             spying.setattr(training, "run_epoch", noting_fold)
             training.train(training.Settings(run="cv", fold="all", lr=0.05, **QUICK))
+        for path in (home / "runs" / "cv").glob("fold-*/best.pt"):
+            torch.save(taught(torch.load(path, weights_only=True)), path)
         done, folder = run_script("05_evaluate.py", *FLAGS, "--run", "cv"), home / "runs" / "cv"
         assert done.returncode == 0, done.stderr
         table = pd.read_csv(folder / "predictions.csv", dtype={"patient": str})
@@ -328,24 +377,42 @@ def run(tmp_path_factory):
         shutil.rmtree(home / "runs")  # checkpoints are large
 
 
-def by_hand(fold, canvases):
+def by_hand(fold, canvases, films=None):
+    """Compute p from a checkpoint, of each film alone, or beside the other ones in `films`."""
+    canvases = np.array(canvases)
     with torch.no_grad():
-        logits = fold.model(torch.from_numpy(np.array(canvases))[:, None].float() / 255)[0]
-    return F.softmax(logits / fold.temperature, 1).numpy()
+        ways = [
+            torch.from_numpy(way.copy())[:, None] / 255 for way in (canvases, canvases[:, ::-1])
+        ]
+        logits = sum(fold.model(way)[0] for way in ways) / 2
+    if films is not None:
+        logits = beside(logits, films["patient"], films["laterality"])
+    return bayes(logits, fold.temperature(films is not None), fold.prior)
+
+
+def threshold_by_hand(fold, recall, alone):
+    """Choose a fold's threshold from the validation films in its checkpoint."""
+    kept, labels = fold.validation, fold.validation["labels"].numpy()
+    logits = kept["logits"].numpy()
+    if not alone:
+        logits = beside(logits, kept["patient"], kept["laterality"])
+    scores = bayes(logits, fold.temperature(not alone), fold.prior)[:, MALIGNANT]
+    ranked = np.sort(scores[labels == MALIGNANT])[::-1]
+    return ranked[math.ceil(recall * len(ranked) - 1e-9) - 1] if len(ranked) else 0
 
 
 def test_evaluation_writes_the_files_of_the_contract(run):
     columns = "image patient fold label p_benign p_normal p_malignant predicted".split()
-    assert list(run.table) == columns and len(run.table) == 48
+    assert list(run.table) == columns + ALONE and len(run.table) == 48
     joined = run.table.merge(run.prepared.splits, on=["image", "patient", "fold"])
     assert len(joined.merge(run.prepared.labels, on=["image", "patient", "label"])) == 48
-    p = run.table[P].to_numpy()
-    assert p.sum(1) == pytest.approx(1, abs=5e-6) and (p >= 0).all() and p.std(0).min() > 1e-3
+    for p in (run.table[ALONE].to_numpy(), run.table[P].to_numpy()):
+        assert p.sum(1) == pytest.approx(1, abs=5e-6) and (p >= 0).all() and p.std(0).min() > 1e-3
     assert (run.table["predicted"] == p.argmax(1)).all()
     named = {"source": "phantom", "weights": run.record["weights_used"], "seed": 0, "n": 48}
     assert run.values["synthetic"] is True and {**run.values, **named} == run.values
     drawn = {f.stem: Image.open(f).size for f in (run.folder / "figures").glob("*.png")}
-    assert set(drawn) >= {"confusion", "roc", "calibration", "claim", "groups", "gradcam"}
+    assert set(drawn) >= {"confusion", "roc", "calibration", "claim", "groups", "gradcam", "places"}
     assert min(drawn.values()) > (300, 200) and not list(run.folder.rglob("*.part"))
 
 
@@ -358,7 +425,8 @@ def test_metrics_json_follows_from_predictions_csv_and_the_thresholds(run):
     found.update({f"{name} recall": run.values["recall_per_class"][name] for name in CLASS_NAMES})
     found.update({"accuracy": run.values["accuracy"], "macro F1": run.values["macro_f1"]})
     found["malignant recall"] = run.values["malignant_recall"]
-    for name in set(wanted) - {"average precision malignant"}:  # its ties go by order
+    order = {"average precision malignant", "specificity at recall 0.95"}  # ties change them much
+    for name in set(wanted) - order:
         if wanted[name]:  # scikit-learn says 0 where there is nothing to divide by
             rounding = 2e-3 if "AUC" in name else 1e-5  # six digits can make a tie
             assert found[name] == pytest.approx(wanted[name], abs=rounding), name
@@ -379,10 +447,47 @@ def test_report_loads_nothing_and_like_the_session_says_what_it_is(run):
 
 def test_every_film_is_predicted_by_the_model_that_never_saw_its_patient(run):
     rows = run.prepared.labels.reset_index().set_index("image").loc[run.table["image"], "index"]
+    films = run.prepared.labels.iloc[rows.to_numpy()]
     for fold in run.folds:
-        far = np.abs(by_hand(fold, run.prepared.films[rows.to_numpy()]) - run.table[P]).max(axis=1)
-        tested = run.table["fold"] == fold.number
-        assert far[tested].max() < 1e-4 < 1e-3 < far[~tested].mean()
+        for columns, company in ((P, films), (ALONE, None)):
+            p = by_hand(fold, run.prepared.films[rows.to_numpy()], company)
+            far = np.abs(p - run.table[columns]).max(axis=1)
+            tested = run.table["fold"] == fold.number
+            assert far[tested].max() < 1e-4 < 1e-3 < far[~tested].mean(), columns
+    assert np.abs(run.table[P].to_numpy() - run.table[ALONE]).max(axis=1).mean() > 0.03
+
+
+def test_film_alone_puts_its_own_probabilities_in_place_and_leaves_the_rest(run):
+    before = run.table.copy()
+    alone = step.film_alone(run.table)
+    assert (alone[P].to_numpy() == run.table[ALONE].to_numpy()).all()
+    assert (alone["predicted"] == run.table[ALONE].to_numpy().argmax(1)).all()
+    rest = [name for name in run.table if name not in (*P, "predicted")]
+    pd.testing.assert_frame_equal(alone[rest], run.table[rest])
+    pd.testing.assert_frame_equal(run.table, before)
+
+
+def test_table_of_the_other_breast_shows_both_ways_as_scikit_learn_has_them(run):
+    printed = run.done.stdout.split("without and with the patient's other film")[1]
+    found = {
+        line[:27].strip(): [float(value) for value in line[27:].split()]
+        for line in printed.split("\n\n")[0].splitlines()[3:]
+    }
+    settings = step.Settings(device="cpu", precision="fp32")
+    predictions, _ = step.predict_run(run.folds, run.prepared, run.record, settings)
+    pd.testing.assert_frame_equal(predictions[P + ALONE].astype(float), run.table[P + ALONE],
+                                  rtol=0, atol=2e-6)  # fmt: skip
+    for place, columns, alone in ((0, ALONE, True), (3, P, False)):
+        p = predictions[columns].to_numpy()  # six digits can make ties
+        table = run.table[["label"]].assign(predicted=p.argmax(1), **dict(zip(P, p.T)))
+        limits = [threshold_by_hand(fold, 0.8, alone) for fold in run.folds]
+        recalled = p[:, MALIGNANT] >= np.array(limits)[run.table["fold"]] - 1e-6
+        wanted = by_sklearn(table, recalled)
+        assert set(found) == set(step.BOTH_WAYS) <= set(wanted)
+        for name in found:
+            value, low, high = found[name][place : place + 3]
+            assert value == pytest.approx(wanted[name], abs=6e-4), (name, columns)
+            assert low <= value <= high
 
 
 def test_nothing_that_chooses_reads_a_test_patient(run):
@@ -391,13 +496,16 @@ def test_nothing_that_chooses_reads_a_test_patient(run):
     for (number, rows), fold in zip(run.reads, run.folds):
         tested, kept = set(run.table.loc[run.table["fold"] == number, "patient"]), fold.validation
         assert len(rows) > 15 and not tested & set(patients.iloc[sorted(rows)])
-        assert not tested & set(patients[kept["images"]])
-        assert len(kept["images"]) == len(kept["logits"]) == len(kept["labels"])
-        chosen, labels = network.fit_temperature(kept["logits"], kept["labels"]), kept["labels"]
-        assert fold.temperature == pytest.approx(chosen, rel=1e-3)
-        scores, positive = network.softmax(kept["logits"], chosen)[:, 2], labels.numpy() == 2
-        threshold = step.choose_threshold(scores, positive, 0.8)
-        wanted = [number, threshold, positive.sum(), len(labels)]
+        assert not tested & set(patients[kept["image"]])
+        assert not tested & set(kept["patient"])
+        assert len({len(part) for part in kept.values()}) == 1
+        labels = kept["labels"].numpy()
+        both = beside(kept["logits"], kept["patient"], kept["laterality"])
+        for way, logits in enumerate((kept["logits"], both)):
+            chosen = fitted(logits, labels, fold.prior)
+            assert fold.temperature(bool(way)) == pytest.approx(chosen, rel=6e-3) and chosen < 19
+        threshold = threshold_by_hand(fold, 0.8, alone=False)
+        wanted = [number, threshold, (labels == MALIGNANT).sum(), len(labels)]
         assert list(run.values["thresholds"][number].values()) == pytest.approx(wanted, rel=1e-3)
 
 
@@ -423,8 +531,10 @@ def test_missing_unfinished_and_damaged_runs_end_with_one_message(run):
     shutil.copy(run.folder / "fold-0" / "best.pt", path)
     os.truncate(path, 10000)
     assert f"{path} is damaged" in refusal(command("--run", "bad"))
-    torch.save({"model": {"head.weight": torch.zeros(3)}}, path)
+    torch.save({"model": {"head.weight": torch.zeros(3)}, "prior": torch.ones(3)}, path)
     assert "does not fit" in refusal(command("--run", "bad"))
+    torch.save({"model": {"head.weight": torch.zeros(3)}, "temperature": 1.0}, path)
+    assert "older version" in refusal(command("--run", "bad"))
 
 
 def test_recall_that_is_no_share_is_refused(run):
@@ -472,6 +582,7 @@ def test_one_fold_without_malignant_films_is_evaluated_and_recorded_as_json(run,
     shutil.rmtree(folder)  # the checkpoints
     values = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert values["malignant_recall"] is None and values["synthetic"] is False
+    assert values["metrics"]["specificity at recall 0.95"]["value"] is None
 
 
 # ---------------------------------------------------------------------- films of your own
@@ -506,7 +617,7 @@ def test_own_films_of_any_format_and_odd_size_get_the_mean_of_the_folds_models(o
     known = [by_hand(fold, run.prepared.films[[own.known]])[0] for fold in run.folds]
     assert p[5] == pytest.approx(np.mean(known, axis=0), abs=1e-4)
     assert own.table["predicted"].tolist() == [CLASS_NAMES[c] for c in p.argmax(1)]
-    threshold = np.mean([t["threshold"] for t in run.values["thresholds"]])
+    threshold = np.mean([threshold_by_hand(fold, 0.8, alone=True) for fold in run.folds])
     assert own.table["threshold"].tolist() == pytest.approx([threshold] * 6, rel=1e-3)
     assert own.table["recalled"].tolist() == (p[:, MALIGNANT] >= own.table["threshold"]).tolist()
     assert common.DISCLAIMER in own.done.stdout and "SYNTHETIC PHANTOMS" in own.done.stdout
@@ -518,7 +629,8 @@ def test_every_own_film_gets_a_figure_also_films_of_one_name(own, run):
 
 
 def test_only_a_film_unlike_the_training_films_is_warned_of(own):
-    assert re.findall("warning: (.*?) the training", own.done.stderr) == ["inverted.png is unlike"]
+    said = re.findall("warning: (.*?) the training", own.done.stderr)
+    assert said == [f"{own.folder / 'inverted.png'} is unlike"]
     assert [bool(note) for note in own.table["note"]] == [False] * 4 + [True, False]
 
 
@@ -541,6 +653,53 @@ def test_laterality_says_what_to_mirror_and_reading_repeats_exactly(own, run, mo
         assert found == pytest.approx(p, abs=0.01)
         assert np.corrcoef(turned[:, ::-1].flat, heat.flat)[0, 1] > 0.98
     assert np.abs(np.subtract(read("scan.tif", "right")[0], p)).max() > 1e-3
+
+
+@pytest.fixture
+def read(run, monkeypatch):
+    """Return a function that reads films in this process, by film numbers or paths."""
+    monkeypatch.setattr(step, "load_folds", lambda *_: run.folds)
+
+    def read(*films, **changes):
+        raw, names = run.prepared.folder / "raw", run.prepared.labels["image"]
+        paths = [film if isinstance(film, Path) else raw / f"{names[film]}.pgm" for film in films]
+        settings = step.Settings(device="cpu", recall=0.8, **changes)
+        table, figures = step.read_own_films(paths, run.folder, run.record, settings)
+        for figure in figures:
+            step.plt.close(figure)
+        return table.drop(columns="image")
+
+    return read
+
+
+def test_both_films_of_a_person_are_each_judged_beside_the_other(read, run, capsys):
+    labels = run.prepared.labels
+    films = np.flatnonzero(labels["patient"] == labels["patient"][4])
+    table = read(*films, pair=True)
+    couple = labels.iloc[films]
+    p = [by_hand(fold, run.prepared.films[films], couple) for fold in run.folds]
+    assert table[P].to_numpy() == pytest.approx(np.mean(p, axis=0), abs=1e-4)
+    threshold = np.mean([t["threshold"] for t in run.values["thresholds"]])
+    assert table["threshold"].tolist() == pytest.approx([threshold] * 2, rel=1e-3)
+    assert read(*films[::-1], pair=True)[P].to_numpy() == pytest.approx(table[P].to_numpy()[::-1])
+    first = couple["laterality"].iloc[0]
+    pd.testing.assert_frame_equal(read(*films, pair=True, laterality=first), table)
+    assert "same breast" not in capsys.readouterr().err
+    apart, single = read(*films), pd.concat([read(n) for n in films], ignore_index=True)
+    pd.testing.assert_frame_equal(apart, single)
+    assert np.abs(apart[P] - table[P]).to_numpy().max() > 0.01
+
+
+def test_pair_that_is_none_is_refused_or_warned_of(read, run, own, capsys):
+    for films in ((own.known,), (0, 1, 2)):
+        with pytest.raises(UserError, match=f"--pair takes the two films.*{len(films)}"):
+            read(*films, pair=True)
+    table = read(own.known, own.known, pair=True)
+    assert "warning: both films look like the same breast" in capsys.readouterr().err
+    couple = pd.DataFrame({"patient": [0, 0], "laterality": ["left", "right"]})
+    twice = run.prepared.films[[own.known, own.known]]
+    p = np.mean([by_hand(fold, twice, couple) for fold in run.folds], axis=0)
+    assert table[P].to_numpy() == pytest.approx(p, abs=1e-4)  # nothing new: its own logits
 
 
 def test_file_that_is_no_film_ends_with_status_1_and_one_message(own):

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import conftest
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn import metrics as sk
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import common
@@ -119,8 +121,11 @@ def test_run_writes_the_files_and_columns_of_the_contract(tiny, recipe, capsys):
     assert last["epoch"] == 2 and best["record"]["data"] == record["data"]
     parts = data.fold_parts(tiny.splits, tiny.labels, 0)
     kept = tiny.labels.iloc[parts["validation"]]
-    assert best["validation"]["images"] == kept["image"].tolist()
+    assert set(best) == {"model", "validation", "prior", "epoch", "fold", "record"}
+    for name in ("image", "patient", "laterality"):
+        assert best["validation"][name] == kept[name].tolist()
     assert best["validation"]["labels"].tolist() == kept["label"].tolist()
+    assert best["validation"]["logits"].shape == (len(kept), 3)
     assert not model.training and not differences(best["model"], dict(model.state_dict()))
     assert not list(folder.rglob("*.part"))
     assert f"Next: python 05_evaluate.py --run {folder.name}" in capsys.readouterr().out
@@ -129,7 +134,7 @@ def test_run_writes_the_files_and_columns_of_the_contract(tiny, recipe, capsys):
 def test_fold_all_trains_every_fold_once(tiny):
     _, table, folder = step.train(wanted(fold="all"))
     assert table["fold"].tolist() == [0, 1, 2] and history(folder)["fold"].tolist() == [0, 1, 2]
-    images = [set(load(folder, fold=k)["validation"]["images"]) for k in range(3)]
+    images = [set(load(folder, fold=k)["validation"]["image"]) for k in range(3)]
     for fold, part in enumerate(images):
         assert not part & set(tiny.splits.loc[tiny.splits["fold"] == fold, "image"])
 
@@ -175,6 +180,33 @@ def test_rare_classes_count_by_the_sampler_or_the_loss_but_never_both(tiny, bala
         assert set(counts) == {80}, "not every film once an epoch"
 
 
+def test_validation_figures_and_prior_follow_from_the_checkpoint(tiny):
+    for balance, changes in {"sampler": {}, "none": {}, "loss": {"shuffle_labels": True}}.items():
+        _, table, folder = step.train(wanted(balance=balance, lr=0.05, epochs=2, **changes))
+        best, labels = load(folder), tiny.labels["label"].to_numpy()
+        if changes:
+            labels = step.shuffled_labels(tiny.labels, 0)
+        parts, kept = data.fold_parts(tiny.splits, tiny.labels, 0), best["validation"]
+        counts = np.bincount(labels[parts["train"]], minlength=3)
+        prior = [1, 1, 1] if balance == "none" else counts / counts.sum()
+        assert best["prior"].tolist() == pytest.approx(prior) and np.ptp(counts) > 3
+        y = kept["labels"].numpy()
+        judged = conftest.beside(kept["logits"], kept["patient"], kept["laterality"])
+        assert np.abs(judged - kept["logits"].numpy()).max() > 1e-3 and y.tolist() == (
+            labels[parts["validation"]].tolist()
+        )
+        p = conftest.bayes(judged, conftest.fitted(judged, y, best["prior"]), best["prior"])
+        predicted = p.argmax(1)
+        figures = [
+            sk.log_loss(y, p, labels=range(3)),
+            sk.accuracy_score(y, predicted),
+            sk.f1_score(y, predicted, average="macro", zero_division=0),
+            sk.recall_score(y == 2, predicted == 2, zero_division=0),
+        ]
+        row = table.set_index("epoch").loc[best["epoch"], COLUMNS[5:9]]
+        assert row.tolist() == pytest.approx(figures, rel=1e-3), balance
+
+
 def test_shuffled_labels_move_between_patients_and_pairs_stay_together(tiny):
     labels = pd.concat([tiny.labels] * 3, ignore_index=True)[["patient", "label"]]
     labels["patient"] = np.arange(len(labels)) // 2
@@ -194,7 +226,7 @@ def test_shuffled_labels_move_between_patients_and_pairs_stay_together(tiny):
 def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(tiny, monkeypatch, capsys):
     changes = {"epochs": 2, "freeze": 3, "lr_patience": 1}
     whole = step.train(wanted(run="whole", **changes))[2]
-    break_in(monkeypatch, "film_loss", 6)  # 2 batches and a validation an epoch
+    break_in(monkeypatch, "film_loss", 4)  # 2 batches an epoch
     folder = step.train(wanted(run="stopped", **changes))[2]
     assert "the state of epoch 1 is saved" in (printed := capsys.readouterr().out)
     assert "Next: python 04_train.py --resume --run stopped" in printed
@@ -468,6 +500,34 @@ def test_bf16_trains_and_is_recorded(tiny):
     assert common.read_json(folder / "settings.json")["precision_used"] == "bfloat16"
     assert np.isfinite(table).all(axis=None)
     assert {v.dtype for v in load(folder)["model"].values()} == {torch.float32, torch.int64}
+
+
+def test_stopwatch_adds_up_phases_and_puts_the_longest_first(monkeypatch):
+    ticks = iter([0.0, 1.0, 10.0, 13.0, 20.0, 24.0])
+    monkeypatch.setattr(common.time, "perf_counter", lambda: next(ticks))
+    watch = common.Stopwatch()
+    for phase in ("backward", "forward", "backward"):
+        with watch(phase):
+            pass
+    found = watch.table()
+    assert found.index.tolist() == ["backward", "forward"]
+    assert found["seconds"].tolist() == [5, 3] and found["share"].tolist() == [0.625, 0.375]
+
+
+def test_profile_shows_every_phase_and_is_silent_unless_asked_for(tiny, capsys):
+    phases = "batches augmentation forward backward optimiser validation checkpoints".split()
+    step.train(wanted())
+    assert "where the time" not in capsys.readouterr().out
+    start = time.perf_counter()
+    step.train(wanted(profile=True))
+    limit, printed = time.perf_counter() - start, capsys.readouterr().out
+    printed = printed.split("where the time of fold 0 went\n")[1].split("\n\n")[0]
+    rows = {
+        line.split()[0]: tuple(map(float, line.split()[1:])) for line in printed.split("\n")[1:]
+    }
+    assert sorted(rows) == sorted(phases) and min(seconds for seconds, _ in rows.values()) >= 0
+    assert sum(share for _, share in rows.values()) == pytest.approx(1, abs=0.01)
+    assert 0.02 * limit < sum(seconds for seconds, _ in rows.values()) < limit
 
 
 def test_command_prints_a_line_an_epoch_and_names_the_run_and_the_next_command(tiny, home):
