@@ -62,14 +62,14 @@ class Settings:
     augment: float = 1.0  # multiplies the augmentation strengths of step 2; 0: none
     shuffle_labels: bool = False  # leak test: labels permuted between patients; expect chance
     # optimisation
-    epochs: int = 0  # passes over the training films, at most; 0: 8 with weights, else 40
+    epochs: int = 0  # passes over the training films, at most; 0: 6 with weights, else 20
     lr: float = 1e-3  # rate of the new head, Adam
     backbone_lr: float = 1e-4  # rate of the pretrained stages; a random start takes `lr` for both
     weight_decay: float = 1e-4  # decoupled (AdamW)
     label_smoothing: float = 0.1  # share of the target spread over the classes
     lesion_weight: float = 1.0  # weight of the circles' loss beside the films'; recipe lesion only
-    ema: float = 0.97  # share of the averaged weights kept at each step; the average is judged
-    lr_patience: int = 0  # epochs without a better loss that halve the rates; 0: a fifth of all
+    ema: float = 0.9  # share of the averaged weights kept at each step; the average is judged
+    lr_patience: int = 0  # epochs without a better loss that halve the rates; 0: a third of all
     patience: int = 0  # epochs without a better loss that end the training; 0: half of all
     max_norm: float = 5.0  # gradients longer than this are shortened to it
     # machine
@@ -165,11 +165,11 @@ class Trainer:
         self.average = AveragedModel(self.model, multi_avg_fn=blend, use_buffers=True)
         self.network = DistributedDataParallel(self.model) if team.size > 1 else self.model
         random_start = self.weights_used.startswith("none")
-        epochs = settings.epochs or (40 if random_start else 8)
+        epochs = settings.epochs or (20 if random_start else 6)
         settings = self.settings = replace(
             settings,
             epochs=epochs,
-            lr_patience=settings.lr_patience or epochs // 5 + 1,
+            lr_patience=settings.lr_patience or epochs // 3 + 1,
             patience=settings.patience or max(epochs // 2, 1),
             backbone_lr=settings.lr if random_start else settings.backbone_lr,
         )
