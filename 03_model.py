@@ -397,8 +397,9 @@ class Reading(NamedTuple):
 def read_films(model, dataset, batch_size, dtype, progress):
     """Predict films as `predict` does, and compute Grad-CAM in the same pass.
 
-    Grad-CAM (Selvaraju et al., ICCV 2017) weighs the channels of the last stage with the mean
-    gradient of a class's logit; here of benign or malignant, whichever is likelier.
+    Grad-CAM (Selvaraju et al., ICCV 2017) weighs the channels of a stage with the mean gradient of
+    a class's logit; here of benign or malignant, whichever is likelier. The stage is the last one
+    that all evidence passes: layer4, or layer3 where a skip leaves from it.
 
     Parameters
     ----------
@@ -425,8 +426,9 @@ def read_films(model, dataset, batch_size, dtype, progress):
         kept["stage"] = output.detach().requires_grad_()
         return kept["stage"]
 
-    hook = model.backbone.layer4.register_forward_hook(keep)
-    model.requires_grad_(False)  # the gradient runs from the logit to the last stage, no further
+    stage = model.backbone.layer4 if model.skip is None else model.backbone.layer3
+    hook = stage.register_forward_hook(keep)
+    model.requires_grad_(False)  # the gradient runs from the logit to this stage, no further
     try:
         for films, _, _ in data.batches(dataset, batch_size):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

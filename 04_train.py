@@ -62,7 +62,7 @@ class Settings:
     augment: float = 1.0  # multiplies the augmentation strengths of step 2; 0: none
     shuffle_labels: bool = False  # leak test: labels permuted between patients; expect chance
     # optimisation
-    epochs: int = 0  # passes over the training films, at most; 0: 6 with weights, else 20
+    epochs: int = 0  # passes over the training films, at most; 0: 10 with weights, else 20
     lr: float = 1e-3  # rate of the new head, Adam
     backbone_lr: float = 1e-4  # rate of the pretrained stages; a random start takes `lr` for both
     weight_decay: float = 1e-4  # decoupled (AdamW)
@@ -165,11 +165,11 @@ class Trainer:
         self.average = AveragedModel(self.model, multi_avg_fn=blend, use_buffers=True)
         self.network = DistributedDataParallel(self.model) if team.size > 1 else self.model
         random_start = self.weights_used.startswith("none")
-        epochs = settings.epochs or (20 if random_start else 6)
+        epochs = settings.epochs or (20 if random_start else 10)
         settings = self.settings = replace(
             settings,
             epochs=epochs,
-            lr_patience=settings.lr_patience or epochs // 3 + 1,
+            lr_patience=settings.lr_patience or max(epochs // 3, 1),
             patience=settings.patience or max(epochs // 2, 1),
             backbone_lr=settings.lr if random_start else settings.backbone_lr,
         )

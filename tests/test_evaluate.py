@@ -286,7 +286,9 @@ def test_logits_grad_cam_and_places_equal_an_independent_computation(recipe):
         for way in (film, film[::-1].copy()):  # and upside down
             with torch.no_grad():
                 fine, coarse = model.features(torch.from_numpy(way)[None, None].float() / 255)
-            stages.append(coarse.requires_grad_())
+            stages.append((coarse if recipe == "plain" else fine).requires_grad_())
+            if recipe == "lesion":  # all evidence passes layer3, some by the skip
+                coarse = model.backbone.layer4(fine)
             maps.append(model.places(fine, coarse))
         logits = (model.pool(maps[0])[0] + model.pool(maps[1])[0]) / 2
         lesion = max((BENIGN, MALIGNANT), key=lambda c: logits[c].item())

@@ -1,6 +1,7 @@
 """Step 4: what a run writes, that it can be stopped at any moment and gone on with, and refuses."""
 
 import dataclasses
+import errno
 import importlib
 import json
 import os
@@ -247,6 +248,22 @@ def test_stop_between_two_files_says_what_is_saved_and_loses_no_row(tiny, name, 
     _, table, folder = step.train(wanted(run="stopped", resume=True))
     assert table["epoch"].tolist() == [1] and history(folder)["epoch"].tolist() == [1]
     assert pd.read_csv(folder / "fold-0" / "history.csv")["epoch"].tolist() == [1]
+
+
+def test_full_disk_ends_with_one_message_and_the_last_state_stays(tiny, monkeypatch):
+    folder = step.train(wanted(run="whole"))[2]
+    files = sorted((folder / "fold-0").iterdir())
+    before = [path.read_bytes() for path in files]
+
+    def fill_the_disk(state, file):
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fill_the_disk)
+    with pytest.raises(UserError, match=r"the disk is full.*\.pt"):
+        step.train(wanted(run="whole", resume=True, epochs=2))
+    assert sorted((folder / "fold-0").iterdir()) == files, "a part was left behind"
+    assert [path.read_bytes() for path in files] == before
 
 
 def test_message_of_a_stop_names_the_epoch_that_is_saved(tiny, monkeypatch, capsys):

@@ -518,7 +518,7 @@ def preparation(base, settings, home):
 
     def film_work():
         def work(path):
-            prepare.prepare_film(path, laterality[path], size, base.source)
+            prepare.prepare_film(path, path.stem, laterality[path], size, base.source)
 
         return len(common.in_threads(work, paths, "film work of step 1"))
 
