@@ -320,9 +320,9 @@ start = time.time()
 life("whole", 1e9, False)
 span, number = time.time() - start, 0
 random.seed(0)
-while counts["kills"] < 20 and counts["lives"] < 80:
+while counts["kills"] < 20 and time.time() - start < 200:
     name = f"killed-{counts['finished']}"
-    counts["finished"] += life(name, random.uniform(0.3, 1) * span, counts["lives"] % 2 == 0)
+    counts["finished"] += life(name, random.uniform(0.1, 0.7) * span, counts["lives"] % 2 == 0)
 name = f"killed-{counts['finished']}"
 counts["finished"] += life(name, 1e9, False)
 print(json.dumps({**counts, "seconds": round(time.time() - start, 1)}))
