@@ -26,15 +26,11 @@ SMALL = {"source": "phantom", "patients": 24, "phantom_size": 256, "size": "128x
 @pytest.fixture(scope="session")
 def prepared_once(tmp_path_factory):
     """Prepare 24 phantom patients (48 films of 256 px, canvas 128 x 72) once for all tests."""
-    home = tmp_path_factory.mktemp("once")
-    old = os.environ.get("BCD_DATA_DIR")
-    os.environ["BCD_DATA_DIR"] = str(home / "data")
-    prepare.prepare(prepare.Settings(**SMALL))
-    if old is None:
-        del os.environ["BCD_DATA_DIR"]
-    else:
-        os.environ["BCD_DATA_DIR"] = old
-    return home / "data"
+    folder = tmp_path_factory.mktemp("once") / "data"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BCD_DATA_DIR", str(folder))
+        prepare.prepare(prepare.Settings(**SMALL))
+    return folder
 
 
 @pytest.fixture
@@ -53,6 +49,14 @@ def phantoms(home, prepared_once):
     """Return prepared phantoms in a data folder of the test's own."""
     shutil.copytree(prepared_once, home / "data")
     return prepare.load_prepared("phantom")
+
+
+def copy_scripts(folder):
+    """Copy the scripts to a new folder and return it."""
+    folder.mkdir()
+    for path in PROJECT.glob("*.py"):
+        shutil.copy(path, folder)
+    return folder
 
 
 def run_script(name, *arguments, timeout=300, **environment):

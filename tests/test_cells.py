@@ -9,7 +9,7 @@ from pathlib import Path
 
 import kernels
 import pytest
-from conftest import PROJECT
+from conftest import PROJECT, copy_scripts
 
 CLOSED = "http://127.0.0.1:9"  # nobody listens there, so contact fails at once
 TINY = "settings.patients = 24; settings.phantom_size = 256; settings.size = '128x72'"
@@ -27,11 +27,7 @@ each_step = pytest.mark.parametrize("step", STEPS)
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """Copy the scripts to a folder whose name is no plain word; data and runs go beside it."""
-    folder = tmp_path_factory.mktemp("cells") / "Mein Projekt Grüße"
-    folder.mkdir()
-    for path in PROJECT.glob("*.py"):
-        shutil.copy(path, folder)
-    return folder
+    return copy_scripts(tmp_path_factory.mktemp("cells") / "Mein Projekt Grüße")
 
 
 def environment(place):

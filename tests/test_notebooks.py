@@ -7,17 +7,14 @@ import shutil
 
 import kernels
 import pytest
-from conftest import PROJECT
+from conftest import PROJECT, copy_scripts
 from test_cells import environment, replace
 
 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory):
     """Copy the scripts; all settings stay as they are, but for epochs and the size of phantoms."""
-    folder = tmp_path_factory.mktemp("notebooks") / "eine Epoche ä"
-    folder.mkdir()
-    for path in PROJECT.glob("*.py"):
-        shutil.copy(path, folder)
+    folder = copy_scripts(tmp_path_factory.mktemp("notebooks") / "eine Epoche ä")
     replace(folder / "04_train.py", "epochs: int = 0", "epochs: int = 1")
     replace(folder / "01_prepare_data.py", "phantom_size: int = 1024", "phantom_size: int = 256")
     return folder
