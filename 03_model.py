@@ -299,6 +299,11 @@ def with_mirror(films):
     return torch.cat([films, films.flip(2)])
 
 
+def without_mirror(logits):
+    """Return the mean over films and their mirror images, from what `with_mirror` became."""
+    return torch.stack(logits.float().chunk(2)).mean(0)
+
+
 def predict(model, dataset, batch_size=8, dtype=torch.float32, progress=None):
     """Return the logits (n_films, 3) of a dataset, float32 on the CPU, in its order.
 
@@ -311,7 +316,7 @@ def predict(model, dataset, batch_size=8, dtype=torch.float32, progress=None):
         for films, _, _ in data.batches(dataset, batch_size):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 both = model(with_mirror(films.to(device)))[0]
-            logits.append(torch.stack(both.float().chunk(2)).mean(0).cpu())
+            logits.append(without_mirror(both).cpu())
             if progress:
                 progress.step(len(films))
     return torch.cat(logits)
@@ -366,8 +371,13 @@ def fit_temperature(logits, labels, prior):
         Above 1 where the network was too sure; kept within 0.05 and 20.
     """
     candidates = torch.linspace(-3, 3, 1201).exp()  # steps of half a per cent
-    losses = torch.stack([F.cross_entropy(logits / t + prior.log(), labels) for t in candidates])
-    return float(candidates[losses.argmin()])
+    losses = [F.cross_entropy(calibrated(logits, t, prior), labels) for t in candidates]
+    return float(candidates[torch.stack(losses).argmin()])
+
+
+def calibrated(logits, temperature, prior):
+    """Return the logits (n_films, 3) of `probabilities`."""
+    return torch.as_tensor(logits) / temperature + prior.log()
 
 
 def probabilities(logits, temperature, prior):
@@ -383,7 +393,7 @@ def probabilities(logits, temperature, prior):
         How frequent the classes are among the training films, by Bayes' rule; ones if training
         was not balanced.
     """
-    return F.softmax(torch.as_tensor(logits) / temperature + prior.log(), dim=1).numpy()
+    return F.softmax(calibrated(logits, temperature, prior), dim=1).numpy()
 
 
 class Reading(NamedTuple):
@@ -433,7 +443,7 @@ def read_films(model, dataset, batch_size, dtype, progress):
         for films, _, _ in data.batches(dataset, batch_size):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 each, maps = model(with_mirror(films.to(device)))
-            logits = torch.stack(each.float().chunk(2)).mean(0)
+            logits = without_mirror(each)
             lesion = torch.where(logits[:, MALIGNANT] > logits[:, BENIGN], MALIGNANT, BENIGN)
             (gradient,) = torch.autograd.grad(
                 logits.gather(1, lesion[:, None]).sum(), kept["stage"]

@@ -134,6 +134,7 @@ class Trainer:
     """
 
     def __init__(self, settings, prepared, fold, weights, team=common.ALONE):
+        settings = filled_in(settings, weights)
         self.settings, self.fold, self.team = settings, fold, team
         self.device = common.choose_device(settings.device)
         self.dtype = common.choose_precision(settings.precision, self.device)
@@ -156,23 +157,12 @@ class Trainer:
             self.sampler = data.balanced_sampler(kept, self.generator)
         else:
             self.sampler = torch.utils.data.RandomSampler(self.training, generator=self.generator)
-        model, self.weights_used = network.build_model(
-            weights, settings.recipe, settings.dropout, settings.freeze
-        )
+        model, _ = network.build_model(weights, settings.recipe, settings.dropout, settings.freeze)
         self.model = model.to(self.device, memory_format=torch.channels_last)
         # Single weights are noisy at 25 steps an epoch; their average over the last steps is not.
         blend = get_ema_multi_avg_fn(settings.ema)
         self.average = AveragedModel(self.model, multi_avg_fn=blend, use_buffers=True)
         self.network = DistributedDataParallel(self.model) if team.size > 1 else self.model
-        random_start = self.weights_used.startswith("none")
-        epochs = settings.epochs or (20 if random_start else 10)
-        settings = self.settings = replace(
-            settings,
-            epochs=epochs,
-            lr_patience=settings.lr_patience or max(epochs // 3, 1),
-            patience=settings.patience or max(epochs // 2, 1),
-            backbone_lr=settings.lr if random_start else settings.backbone_lr,
-        )
         groups = network.parameter_groups(self.model, settings.lr, settings.backbone_lr)
         fused = self.device.type in ("cpu", "cuda")  # one pass over the weights in place of many
         self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=fused)
@@ -252,7 +242,7 @@ class Trainer:
         labels, films = self.validation.labels[rows], self.validation.prepared.labels.iloc[rows]
         judged = network.beside_other_breast(logits, films["patient"], films["laterality"])
         temperature = network.fit_temperature(judged, labels, self.prior)
-        judged = judged / temperature + self.prior.log()
+        judged = network.calibrated(judged, temperature, self.prior)
         predicted = judged.argmax(1)
         metrics = {
             "val_loss": F.cross_entropy(judged, labels).item(),
@@ -295,6 +285,19 @@ class Trainer:
         """Tell whether all epochs are done, or the best one lies too far back."""
         waited = self.epoch - self.best_epoch
         return self.epoch >= self.settings.epochs or waited >= self.settings.patience
+
+
+def filled_in(settings, weights):
+    """Return the settings with the values that go with this kind of start, see `load_weights`."""
+    random_start = weights[0] is None
+    epochs = settings.epochs or (20 if random_start else 10)
+    return replace(
+        settings,
+        epochs=epochs,
+        lr_patience=settings.lr_patience or max(epochs // 3, 1),
+        patience=settings.patience or max(epochs // 2, 1),
+        backbone_lr=settings.lr if random_start else settings.backbone_lr,
+    )
 
 
 def shuffled_labels(labels, seed):
@@ -565,18 +568,22 @@ def describe_data(prepared):
     }
 
 
-def describe_run(prepared, folder, trainer):
+def describe_run(settings, prepared, folder, weights):
     """Return settings.json: the settings, what they came to, and what the films are like."""
     spread = data.film_statistics(prepared.films).quantile([0.005, 0.995])
+    device = common.choose_device(settings.device)
+    model, weights_used = network.build_model(
+        weights, settings.recipe, settings.dropout, settings.freeze
+    )
     return {
-        **asdict(trainer.settings),
+        **asdict(filled_in(settings, weights)),
         "run": folder.name,
         "source_used": prepared.source,
-        "weights_used": trainer.weights_used,
-        "frozen_stages": trainer.model.frozen,
-        "parameters_trained": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "device_used": str(trainer.device),
-        "precision_used": str(trainer.dtype)[6:],
+        "weights_used": weights_used,
+        "frozen_stages": model.frozen,
+        "parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "device_used": str(device),
+        "precision_used": str(common.choose_precision(settings.precision, device))[6:],
         "class_names": list(CLASS_NAMES),
         "synthetic": prepared.source == "phantom",
         "data": describe_data(prepared),
@@ -642,7 +649,7 @@ def train(settings):
     mine, crew = (names[team.rank :: team.size], common.ALONE) if dealt else (names, team)
     with common.locked(folder) if team.rank == 0 else contextlib.nullcontext():
         weights = team.first(lambda: network.load_weights(settings.weights))
-        record = describe_run(prepared, folder, Trainer(settings, prepared, names[0], weights))
+        record = describe_run(settings, prepared, folder, weights)
         if team.rank == 0:
             begin_run(settings, folder, record)
         problems, whole, model, history = [], True, None, pd.DataFrame()
