@@ -4,8 +4,9 @@ In:  synthetic phantoms (made in data/benchmarks), or the MIAS films that step 1
 Out: runs/benchmarks.csv and the same table on the screen. No film or run of yours is touched;
      data/benchmarks can be deleted afterwards.
 
-    python tests/benchmarks/benchmarks.py                     everything
+    python tests/benchmarks/benchmarks.py                     everything but quality
     python tests/benchmarks/benchmarks.py --only epoch bf16   some of the benchmarks
+    python tests/benchmarks/benchmarks.py --only quality      what bf16 does to what is learned
     python tests/benchmarks/benchmarks.py --quick             a try on tiny films
 
 Nothing else should run on the machine. What is compared runs in turns, so that a machine that
@@ -42,7 +43,7 @@ from common import UserError
 
 steps = importlib.import_module("04_train")
 data, network, prepare = steps.data, steps.network, steps.prepare
-NAMES = ("epoch", "ordinary", "preparation", "flat", "bf16")
+NAMES = ("epoch", "ordinary", "preparation", "flat", "bf16", "quality")
 
 
 # %% Settings: change a value and run the cells below again; each name is a command-line flag
@@ -51,7 +52,7 @@ class Settings:
     """What to measure, and on what."""
 
     source: Literal["phantom", "mias"] = "phantom"  # mias: as step 1 prepared it
-    only: Tuple[str, ...] = NAMES  # some of epoch, ordinary, preparation, flat, bf16
+    only: Tuple[str, ...] = NAMES[:-1]  # some of NAMES; quality trains for long
     quick: bool = False  # a try: tiny films, one round
     size: str = "512x288"  # canvas, height x width in px, of all but flat
     films: int = 0  # prepared films, 64 % of them train; 0: 160, on a GPU 3220
@@ -60,6 +61,9 @@ class Settings:
     flat_size: str = "64x36"  # canvas of flat, where the number of films matters, not their size
     flat_films: int = 32200  # the largest number of films of flat; also a tenth and a hundredth
     flat_steps: int = 300  # batches that flat times, drawn from the whole training set
+    seeds: int = 3  # trainings of quality in each precision
+    epochs: int = 0  # of each of them; 0: as many as step 4 takes
+    weights: str = "auto"  # they start from, as in step 4
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of our side, as in step 4
 
@@ -69,7 +73,7 @@ def filled_in(settings):
     if unknown := set(settings.only) - set(NAMES):
         raise UserError(f"--only {common.listing(unknown)}: expected some of {', '.join(NAMES)}")
     if settings.quick:
-        tiny = {"size": "128x72", "films": 60, "batch_size": 4, "rounds": 1}
+        tiny = {"size": "128x72", "films": 60, "batch_size": 4, "rounds": 1, "epochs": 1}
         settings = replace(settings, **tiny, flat_films=6000, flat_steps=6)
     on_gpu = common.choose_device(settings.device).type == "cuda"
     return replace(settings, films=settings.films or (3220 if on_gpu else 160))
@@ -630,6 +634,76 @@ def bf16_against_fp32(prepared, settings):
 
 if __name__ == "__main__" and "bf16" in settings.only:
     results["bf16"] = bf16_against_fp32(films, settings)
+
+
+# %% No loss of quality for speed: the same fold in both precisions, from several seeds
+@contextlib.contextmanager
+def rounded_convolutions(device):
+    """Give convolutions under autocast the arithmetic of bf16 hardware, where there is none.
+
+    Inputs, weights and results are rounded to bf16, sums are kept in float32; backward too. A CPU
+    without bf16 takes ten times as long for the same numbers.
+    """
+    plain = nn.Conv2d._conv_forward
+
+    def rounded(self, films, weight, bias):
+        if not torch.is_autocast_enabled(device.type):
+            return plain(self, films, weight, bias)
+        with torch.autocast(device.type, enabled=False):
+            films, weight = (part.bfloat16().float() for part in (films, weight))
+            return plain(self, films, weight, bias).bfloat16()
+
+    if common.choose_precision("auto", device) == torch.float32:
+        nn.Conv2d._conv_forward = rounded
+    try:
+        yield
+    finally:
+        nn.Conv2d._conv_forward = plain
+
+
+def quality(prepared, settings):
+    """Return rows: validation loss and macro-F1 of fold 0 in both precisions, seed by seed."""
+    device = common.choose_device(settings.device)
+    weights = network.load_weights(settings.weights if settings.source == "mias" else "none")
+    found = []
+    for seed in range(settings.seeds):
+        for precision in ("fp32", "bf16"):
+            chosen = steps.Settings(
+                precision=precision,
+                seed=seed,
+                device=settings.device,
+                batch_size=settings.batch_size,
+                epochs=settings.epochs,
+            )
+            trainer, best = steps.Trainer(chosen, prepared, 0, weights), {"val_loss": float("inf")}
+            progress = common.Progress(trainer.settings.epochs, f"{precision}, seed {seed}")
+            with rounded_convolutions(device):
+                for _ in range(trainer.settings.epochs):
+                    trainer.train_epoch(common.Progress(len(trainer.training), "epoch"))
+                    metrics = trainer.validate()[2]
+                    trainer.scheduler.step(metrics["val_loss"])
+                    best = min(best, metrics, key=lambda m: m["val_loss"])
+                    progress.step()
+            said = ", ".join(f"{name} {value:.3f}" for name, value in best.items())
+            progress.close(f"{precision}, seed {seed}: {said}")
+            found.append({"precision": precision, "seed": seed, **best})
+    rows, found = [], pd.DataFrame(found).set_index(["precision", "seed"])
+    for name in ("val_loss", "val_macro_f1"):
+        for (precision, seed), value in found[name].items():
+            long = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+            rows.append(row("quality", f"{name}, seed {seed}", value, "", precision=long))
+        full, half = found.loc["fp32", name], found.loc["bf16", name]
+        apart, spread = abs(half.mean() - full.mean()), full.max() - full.min()
+        ratio = apart / spread if spread > 0 else None
+        label = f"{name}: means apart / spread of the fp32 seeds"
+        rows.append(row("quality", label, apart, "", ratio, most=1))
+    return rows
+
+
+if __name__ == "__main__" and "quality" in settings.only:
+    with data_in(home):
+        judged = base if settings.source == "mias" else prepare.prepare(prepare.Settings("phantom"))
+    results["quality"] = quality(judged, settings)
 
 
 # %% The whole table
