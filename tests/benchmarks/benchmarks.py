@@ -661,10 +661,10 @@ def rounded_convolutions(device):
         nn.Conv2d._conv_forward = plain
 
 
-def quality(prepared, settings):
+def quality(prepared, settings, home):
     """Return rows: validation loss and macro-F1 of fold 0 in both precisions, seed by seed."""
     device = common.choose_device(settings.device)
-    weights = network.load_weights(settings.weights if settings.source == "mias" else "none")
+    weights = network.load_weights(settings.weights)
     found = []
     for seed in range(settings.seeds):
         for precision in ("fp32", "bf16"):
@@ -674,24 +674,22 @@ def quality(prepared, settings):
                 device=settings.device,
                 batch_size=settings.batch_size,
                 epochs=settings.epochs,
+                patience=10**6,  # all train equally long
             )
-            trainer, best = steps.Trainer(chosen, prepared, 0, weights), {"val_loss": float("inf")}
-            progress = common.Progress(trainer.settings.epochs, f"{precision}, seed {seed}")
+            print(f"{precision}, seed {seed}", flush=True)
             with rounded_convolutions(device):
-                for _ in range(trainer.settings.epochs):
-                    trainer.train_epoch(common.Progress(len(trainer.training), "epoch"))
-                    metrics = trainer.validate()[2]
-                    trainer.scheduler.step(metrics["val_loss"])
-                    best = min(best, metrics, key=lambda m: m["val_loss"])
-                    progress.step()
-            said = ", ".join(f"{name} {value:.3f}" for name, value in best.items())
-            progress.close(f"{precision}, seed {seed}: {said}")
-            found.append({"precision": precision, "seed": seed, **best})
+                _, history, whole = steps.fit_fold(
+                    chosen, prepared, 0, weights, home / "quality", {}
+                )
+            if not whole:
+                raise KeyboardInterrupt
+            best = history.loc[history["val_loss"].idxmin()]
+            found.append({**best, "precision": precision, "seed": seed})
     rows, found = [], pd.DataFrame(found).set_index(["precision", "seed"])
     for name in ("val_loss", "val_macro_f1"):
         for (precision, seed), value in found[name].items():
-            long = {"fp32": "float32", "bf16": "bfloat16"}[precision]
-            rows.append(row("quality", f"{name}, seed {seed}", value, "", precision=long))
+            dtype = str(common.choose_precision(precision, device))[6:]
+            rows.append(row("quality", f"{name}, seed {seed}", value, "", precision=dtype))
         full, half = found.loc["fp32", name], found.loc["bf16", name]
         apart, spread = abs(half.mean() - full.mean()), full.max() - full.min()
         ratio = apart / spread if spread > 0 else None
@@ -703,7 +701,7 @@ def quality(prepared, settings):
 if __name__ == "__main__" and "quality" in settings.only:
     with data_in(home):
         judged = base if settings.source == "mias" else prepare.prepare(prepare.Settings("phantom"))
-    results["quality"] = quality(judged, settings)
+    results["quality"] = quality(judged, settings, home)
 
 
 # %% The whole table
