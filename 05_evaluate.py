@@ -5,7 +5,8 @@ Out: runs/<run>/predictions.csv, metrics.json, report.html and figures/.
 
     python 05_evaluate.py                                     the newest run
     python 05_evaluate.py --run mias-lesion-001 --recall 0.9  another one, another operating point
-    python 05_evaluate.py --compare RUN1 RUN2                 two runs side by side
+    python 05_evaluate.py --compare RUN1 RUN2                 two runs, and their difference
+    python 05_evaluate.py --compare RUN1 RUN2 RUN3            repeats, and their mean
     python 05_evaluate.py --image film.png --laterality left  a film of yours
     python 05_evaluate.py --image left.png right.png --pair   both breasts of one person
 """
@@ -53,7 +54,7 @@ class Settings:
     recall: float = 0.95  # wanted malignant recall, for the operating point
     resamples: int = 2000  # of patients, for the 95 % intervals
     seed: int = 0  # of the resampling
-    compare: Tuple[str, ...] = ()  # two runs to put side by side
+    compare: Tuple[str, ...] = ()  # two runs: their difference; more: their mean
     image: Tuple[str, ...] = ()  # films of your own to read, in place of judging the run
     laterality: Literal["", "left", "right"] = ""  # of your (first) film; empty: by the light
     pair: bool = False  # your two films are both breasts of one person: each is judged beside it
@@ -925,26 +926,28 @@ if __name__ == "__main__":
             common.banner("THIS RUN WAS TRAINED ON SYNTHETIC PHANTOMS: its reading means nothing.")
 
 
-# %% Compare two runs: name them in settings.compare
+# %% Compare runs: name two of them, or more that repeat one another, in settings.compare
 def compare_runs(names, resamples, seed):
-    """Put two evaluated runs side by side, film by film.
+    """Put evaluated runs side by side, film by film.
 
     Parameters
     ----------
     names : sequence of str
-        Two runs with a predictions.csv.
+        Two runs with a predictions.csv, or more that repeat one another on other splits or seeds.
     resamples, seed : int
-        Of the paired bootstrap over patients.
+        Of the bootstrap over patients; every run takes the same ones.
 
     Returns
     -------
     comparison : DataFrame
-        A row per metric: both values, their difference and its 95 % interval.
-    discordant : tuple
-        Films that only the first and only the second got right, and McNemar's exact p value.
+        A row per metric: each run's value, then the difference (second minus first) of two runs, or
+        the mean of more, with its 95 % interval.
+    discordant : tuple or None
+        Films that only the first and only the second got right, and McNemar's exact p value; of
+        two runs only.
     """
-    if len(names) != 2:
-        raise UserError(f"--compare takes two runs, found {len(names)}")
+    if len(names) < 2:
+        raise UserError(f"--compare takes two runs or more, found {len(names)}")
     tables = []
     for name in names:
         path = common.runs_dir(name) / "predictions.csv"
@@ -952,25 +955,24 @@ def compare_runs(names, resamples, seed):
             raise UserError(f"{path} is not there; python 05_evaluate.py --run {name} makes it")
         names_as_text = {"dtype": {"image": str, "patient": str}, "keep_default_na": False}
         tables.append(pd.read_csv(path, **names_as_text).set_index("image"))
-    both = tables[0].index.intersection(tables[1].index)
-    if not len(both) or not (tables[0].loc[both, "label"] == tables[1].loc[both, "label"]).all():
-        raise UserError("the two runs have no test films in common, or other labels for them")
-    tables = [table.loc[both].reset_index() for table in tables]
-    weights = patient_weights(tables[0]["patient"], np.zeros(len(both)), resamples, seed)
-    none = np.zeros(len(both), bool)
-    first, second = (measure(table, none, weights) for table in tables)
-    kept = [name for name in first if "point" not in name and "per cancer" not in name]
-    difference = (second - first)[kept]
-    drawn = difference.iloc[1 : 1 + resamples]
-    comparison = pd.DataFrame(
-        {
-            names[0]: first[kept].iloc[0],
-            names[1]: second[kept].iloc[0],
-            "difference": difference.iloc[0],
-            "low": drawn.quantile(0.025),
-            "high": drawn.quantile(0.975),
-        }
+    films = sorted(set.intersection(*(set(table.index) for table in tables)))
+    tables = [table.loc[films].reset_index() for table in tables]
+    if not films or any((t["label"] != tables[0]["label"]).any() for t in tables):
+        raise UserError("the runs have no test films in common, or other labels for them")
+    weights = patient_weights(tables[0]["patient"], np.zeros(len(films)), resamples, seed)
+    none = np.zeros(len(films), bool)
+    values = [measure(table, none, weights) for table in tables]
+    kept = [name for name in values[0] if "point" not in name and "per cancer" not in name]
+    two = len(names) == 2
+    summary = values[1] - values[0] if two else sum(values) / len(values)
+    drawn = summary[kept].iloc[1 : 1 + resamples]
+    comparison = pd.DataFrame({name: v[kept].iloc[0] for name, v in zip(names, values)}).assign(
+        **{"difference" if two else "mean": summary[kept].iloc[0]},
+        low=drawn.quantile(0.025),
+        high=drawn.quantile(0.975),
     )
+    if not two:
+        return comparison, None
     right = [(table["label"] == table["predicted"]).to_numpy() for table in tables]
     only = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
     return comparison, (*only, mcnemar(*only))
@@ -984,11 +986,13 @@ def mcnemar(b, c):
 
 if __name__ == "__main__" and settings.compare:
     comparison, discordant = compare_runs(settings.compare, settings.resamples, settings.seed)
-    common.table(comparison.round(3), "paired over patients, 95 % intervals of the difference")
-    print(
-        f"right only in the first {discordant[0]}, only in the second {discordant[1]} films; "
-        f"McNemar p = {discordant[2]:.3f}"
-    )
+    last = comparison.columns[-3]
+    common.table(comparison.round(3), f"over the same patients, 95 % intervals of the {last}")
+    if discordant:
+        print(
+            f"right only in the first {discordant[0]}, only in the second {discordant[1]} films; "
+            f"McNemar p = {discordant[2]:.3f}"
+        )
     records = [common.read_json(common.runs_dir(run) / "settings.json") for run in settings.compare]
     if any(record["synthetic"] for record in records):
         common.banner("SYNTHETIC PHANTOMS: this comparison says nothing about mammograms.")

@@ -557,6 +557,12 @@ def test_compared_with_itself_a_run_is_no_better_and_an_ideal_one_is(run):
     difference, low, high = comparison.loc["accuracy", ["difference", "low", "high"]]
     assert difference == pytest.approx(wrong / 48) and 0 < low < difference < high
     assert "predictions.csv" in refusal(command(*FLAGS, "--compare", "cv", "unevaluated"))
+    assert "two runs or more" in refusal(command(*FLAGS, "--compare", "cv"))
+    text = command(*FLAGS, "--compare", "cv", "cv", "cv").stdout
+    assert "intervals of the mean" in text and "McNemar" not in text
+    repeats, no_test = step.compare_runs(["cv", "ideal", "cv"], 200, 0)
+    mean, low, high = repeats.loc["accuracy", ["mean", "low", "high"]]
+    assert no_test is None and mean == pytest.approx(1 - wrong / 48 * 2 / 3) and low < mean < high
 
 
 def test_runs_on_films_and_patients_called_001_and_na_can_be_compared(home):
