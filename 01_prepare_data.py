@@ -785,6 +785,7 @@ class Prepared(NamedTuple):
     findings: pd.DataFrame  # findings.csv, in film and in canvas pixels
     splits: pd.DataFrame  # splits.csv: image, patient, fold
     fingerprint: str  # of pixels, labels and findings
+    split_seed: int  # that dealt the patients into folds
 
 
 def canvas_size(text, source):
@@ -874,10 +875,12 @@ def prepare(settings):
             fresh = load_prepared(source) and common.read_json(state)["key"] == key
         if fresh:
             print(f"{target} is up to date: {len(paths)} films on {size[0]} x {size[1]} px")
-            state.touch()  # steps 2 to 5 take the database that was prepared last
+            stamp = {**common.read_json(state), "split_seed": settings.seed}
             splits = _split(target, settings)
             if not splits.equals(_read_table(target / "splits.csv")):
+                common.discard(state)  # as below
                 common.write_csv(splits, target / "splits.csv")
+            common.write_json(stamp, state)  # newer, too: steps 2 to 5 take the last prepared
         else:
             new = target / ".new"
             common.discard(new)  # of a run that was killed
@@ -925,7 +928,8 @@ def _build(source, paths, labels, findings, size, settings, new, key):
     pixels = hashlib.sha256(films).hexdigest()
     content = common.fingerprint(pixels, labels.to_csv(), findings.round(3).to_csv())
     state = {"key": key, "source": source, "size": list(size), "films": len(paths)}
-    common.write_json({**state, "fingerprint": content}, new / "prepared.json")
+    state.update(fingerprint=content, split_seed=settings.seed)
+    common.write_json(state, new / "prepared.json")
 
 
 def _split(folder, settings):
@@ -986,9 +990,10 @@ def load_prepared(source):
         table, labels, findings, splits = (_read_table(folder / name) for name in names)
         if not len(films) == len(table) == len(labels) == len(splits):
             raise ValueError("films and tables differ in length")
-    except (OSError, ValueError, EOFError) as error:
+        stamp = state["fingerprint"], state["split_seed"]
+    except (OSError, ValueError, EOFError, KeyError) as error:
         raise UserError(f"{folder} is not whole ({error}); run 01_prepare_data.py again") from None
-    return Prepared(source, folder, films, table, labels, findings, splits, state["fingerprint"])
+    return Prepared(source, folder, films, table, labels, findings, splits, *stamp)
 
 
 def _read_table(path):

@@ -587,6 +587,7 @@ def describe_run(settings, prepared, folder, weights):
         "class_names": list(CLASS_NAMES),
         "synthetic": prepared.source == "phantom",
         "data": describe_data(prepared),
+        "split_seed": prepared.split_seed,
         "film_statistics": {name: list(spread[name]) for name in spread},
         "torch": str(torch.__version__),
         "disclaimer": common.DISCLAIMER,
@@ -615,9 +616,10 @@ def begin_run(settings, folder, record):
     data_used = record["data"]
     print(
         f"run {folder.name}: {record['source_used']}, {data_used['films']} films of "
-        f"{'x'.join(map(str, data_used['size']))} px, recipe {settings.recipe}, weights: "
-        f"{record['weights_used']}, {record['parameters_trained']:,} parameters trained on "
-        f"{record['device_used']} in {record['precision_used']}"
+        f"{'x'.join(map(str, data_used['size']))} px, split seed {record['split_seed']}, recipe "
+        f"{settings.recipe}, weights: {record['weights_used']}, "
+        f"{record['parameters_trained']:,} parameters trained on {record['device_used']} in "
+        f"{record['precision_used']}"
     )
 
 

@@ -412,8 +412,8 @@ if __name__ == "__main__" and folder:
     scope = (
         f"{'SYNTHETIC PHANTOMS, ' if record['synthetic'] else ''}n = {len(predictions)} films of "
         f"{predictions['patient'].nunique()} patients, {len(folds)} of "
-        f"{record['data']['folds']} folds, seed "
-        f"{record['seed']}, weights: {record['weights_used']}"
+        f"{record['data']['folds']} folds, split seed {record.get('split_seed', 'not noted')}, "
+        f"training seed {record['seed']}, weights: {record['weights_used']}"
     )
     common.table(metrics.round(3), f"test metrics, 95 % intervals over patients; {scope}")
     if len(folds) < record["data"]["folds"]:
@@ -499,7 +499,7 @@ if __name__ == "__main__" and folder:
 # %% Look: the curves of the training, and the confusion matrix
 def two_lines(scope):
     """Break a title before the seed, so that it fits the Plots pane."""
-    return scope.replace(", seed", ",\nseed")
+    return scope.replace(", split seed", ",\nsplit seed")
 
 
 def plot_confusion(predictions, scope):
@@ -1020,7 +1020,8 @@ def metrics_json(metrics, alone, predictions, record, thresholds, calibration, p
     value = metrics["value"]
     return {
         "synthetic": record["synthetic"], "run": record["run"], "source": record["source_used"],
-        "weights": record["weights_used"], "seed": record["seed"], "recipe": record["recipe"],
+        "weights": record["weights_used"], "recipe": record["recipe"], "seed": record["seed"],
+        "split_seed": record.get("split_seed"),
         "n": len(predictions), "patients": predictions["patient"].nunique(),
         "folds": sorted(int(f) for f in predictions["fold"].unique()),
         "folds_of_the_split": record["data"]["folds"], "shuffled_labels": record["shuffle_labels"],

@@ -412,6 +412,7 @@ def test_evaluation_writes_the_files_of_the_contract(run):
         assert p.sum(1) == pytest.approx(1, abs=5e-6) and (p >= 0).all() and p.std(0).min() > 1e-3
     assert (run.table["predicted"] == p.argmax(1)).all()
     named = {"source": "phantom", "weights": run.record["weights_used"], "seed": 0, "n": 48}
+    assert run.values["split_seed"] == 0
     assert run.values["synthetic"] is True and {**run.values, **named} == run.values
     drawn = {f.stem: Image.open(f).size for f in (run.folder / "figures").glob("*.png")}
     assert set(drawn) >= {"confusion", "roc", "calibration", "claim", "groups", "gradcam", "places"}
@@ -444,7 +445,8 @@ def test_report_loads_nothing_and_like_the_session_says_what_it_is(run):
     assert not re.search(r"https?://|<script|<link|@import|url\(|href=", page)
     for text in (page, said):
         assert common.DISCLAIMER in text and "SYNTHETIC PHANTOMS, n = 48" in text
-    assert re.search(r"!!!!\n!! SYNTHETIC PHANTOMS", said) and "seed 0, weights: none" in said
+    assert re.search(r"!!!!\n!! SYNTHETIC PHANTOMS", said)
+    assert "split seed 0, training seed 0, weights: none" in said
 
 
 def test_every_film_is_predicted_by_the_model_that_never_saw_its_patient(run):

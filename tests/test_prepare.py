@@ -415,6 +415,18 @@ def test_own_films_are_prepared_under_their_own_names(home):
     assert (prepared.splits.groupby("patient")["fold"].nunique() == 1).all()
 
 
+def test_another_seed_deals_other_folds_over_the_same_films_and_is_noted(home):
+    seen, choice = {}, own_films(home)
+    for choice.seed in range(4):
+        prepared = prepare.prepare(choice)
+        assert prepared.split_seed == choice.seed
+        seen[prepared.splits.to_csv()] = prepared.fingerprint
+    assert len(seen) > 1 and len(set(seen.values())) == 1
+    stamp = prepared.folder / "prepared.json"
+    common.write_json({"fingerprint": prepared.fingerprint}, stamp)  # as an older version left it
+    assert "not whole ('split_seed'); run 01_" in refused(prepare.load_prepared, "own")
+
+
 def test_a_split_that_cannot_be_made_is_refused_and_the_old_one_stays_whole(home):
     old = contents(prepare.prepare(own_films(home)).folder)
     few = own_films(home, [f"{n:03d},{min(n // 2, 2) % 3},p{n // 2}" for n in range(12)])

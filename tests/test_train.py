@@ -115,6 +115,8 @@ def test_run_writes_the_files_and_columns_of_the_contract(tiny, recipe, capsys):
     named = {"recipe": recipe, "seed": 0, "batch_size": 8, "balance": "sampler", "weights": "none"}
     assert {**record, **named} == record
     assert record["run"] == folder.name and record["synthetic"] is True
+    printed = capsys.readouterr().out
+    assert record["split_seed"] == 464 and "split seed 464" in printed
     for path in (folder / "history.csv", folder / "fold-0" / "history.csv"):
         assert list(pd.read_csv(path)) == COLUMNS and pd.read_csv(path)["epoch"].tolist() == [1, 2]
     assert table["epoch"].tolist() == [1, 2]
@@ -129,7 +131,7 @@ def test_run_writes_the_files_and_columns_of_the_contract(tiny, recipe, capsys):
     assert best["validation"]["logits"].shape == (len(kept), 3)
     assert not model.training and not differences(best["model"], dict(model.state_dict()))
     assert not list(folder.rglob("*.part"))
-    assert f"Next: python 05_evaluate.py --run {folder.name}" in capsys.readouterr().out
+    assert f"Next: python 05_evaluate.py --run {folder.name}" in printed
 
 
 def test_fold_all_trains_every_fold_once(tiny):
