@@ -7,7 +7,7 @@ Out: runs/<run>/settings.json, history.csv, figures/, fold-K/best.pt and fold-K/
     python 04_train.py --fold all           every fold, for figures that mean something
     python 04_train.py --recipe plain       the recipe of most public projects, to compare with
     python 04_train.py --resume             goes on with the newest run where it stopped
-    torchrun --nproc-per-node 2 04_train.py --fold all    the folds spread over two processes
+    torchrun --nproc-per-node 2 -- 04_train.py --fold all  the folds spread over two processes
 """
 
 # %% Imports: this script finds its own folder first, whatever the working directory is
