@@ -870,16 +870,16 @@ def prepare(settings):
         labels, findings = read_labels(source, folder, settings)
         rows = [labels.to_csv(), findings.to_csv(), settings.allow_partial]
         key = common.fingerprint(VERSION, source, size, inputs, rows)
-        state, fresh = target / "prepared.json", False
+        state, stamp = target / "prepared.json", {}
         with contextlib.suppress(UserError):  # nothing is there yet, or it is not whole
-            fresh = load_prepared(source) and common.read_json(state)["key"] == key
-        if fresh:
+            stamp = load_prepared(source) and common.read_json(state)
+        if stamp.get("key") == key:
             print(f"{target} is up to date: {len(paths)} films on {size[0]} x {size[1]} px")
-            stamp = {**common.read_json(state), "split_seed": settings.seed}
             splits = _split(target, settings)
             if not splits.equals(_read_table(target / "splits.csv")):
                 common.discard(state)  # as below
                 common.write_csv(splits, target / "splits.csv")
+            stamp["split_seed"] = settings.seed
             common.write_json(stamp, state)  # newer, too: steps 2 to 5 take the last prepared
         else:
             new = target / ".new"
@@ -927,8 +927,14 @@ def _build(source, paths, labels, findings, size, settings, new, key):
     common.write_csv(_split(new, settings), new / "splits.csv")
     pixels = hashlib.sha256(films).hexdigest()
     content = common.fingerprint(pixels, labels.to_csv(), findings.round(3).to_csv())
-    state = {"key": key, "source": source, "size": list(size), "films": len(paths)}
-    state.update(fingerprint=content, split_seed=settings.seed)
+    state = {
+        "key": key,
+        "source": source,
+        "size": list(size),
+        "films": len(paths),
+        "fingerprint": content,
+        "split_seed": settings.seed,
+    }
     common.write_json(state, new / "prepared.json")
 
 
