@@ -14,16 +14,19 @@ Out: data/<source>/labels.csv, findings.csv, films.npy, films.csv and splits.csv
 import contextlib
 import hashlib
 import http.client
+import itertools
 import os
 import re
 import shutil
 import socket
 import sys
 import tarfile
+import tempfile
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(globals().get("__file__", "cell")).resolve().parent))
 
@@ -36,21 +39,21 @@ from sklearn.model_selection import StratifiedGroupKFold
 from torchvision.datasets.utils import download_url
 
 import common
-from common import BENIGN, CLASS_NAMES, MALIGNANT, NORMAL, UserError
+from common import BENIGN, CLASS_NAMES, MALIGNANT, NORMAL, SEVERITY, UserError
 
 
 # %% Settings: change a value and run the cells below again; each name is a command-line flag
 @dataclass
-class Settings:
+class Settings(common.SeedSettings):
     """What to prepare, and how."""
 
-    source: Literal["auto", "mias", "phantom", "own"] = "auto"  # auto: MIAS if it can be had
+    script = "01_prepare_data.py"
+    source: str = "auto"  # mias, phantom, own; auto: MIAS if it can be had
     images: str = ""  # folder with films, in place of an archive or a download
     archive: str = ""  # all-mias.tar.gz, .tar or .zip, with any folders inside
     labels: str = ""  # CSV of your own films: image,label[,patient][,laterality]
     size: str = "auto"  # canvas, height x width in px; auto: 512x288, phantoms 160x90
     folds: int = 5  # parts of the cross-validation; each is the test set once
-    seed: int = 0  # of the split into folds, and of the phantoms
     patients: int = 60  # phantom patients, two films each
     phantom_size: int = 1024  # px, sides of a phantom film; MIAS has 1024
     allow_partial: bool = False  # go on without films that are missing or broken
@@ -60,86 +63,100 @@ if __name__ == "__main__":
     settings = common.command_line(Settings, __doc__)
 
 
-# %% Find the films: a folder, an archive, an earlier download, the public mirror, or phantoms
+# %% Folders that are filled whole or not at all
+# Films are unpacked or drawn once into data/<source>/raw. A killed run leaves no half of a folder
+# there, and a stamp in the folder tells whether it holds what is wanted now.
+def filled(folder, stamp, fill):
+    """Return a folder after `fill(temporary)`; one with the same stamp is kept as it is."""
+    mark = folder / ".stamp.json"
+    if mark.is_file() and common.read_json(mark) == stamp:
+        return folder
+    if folder.is_dir() and not mark.is_file() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds files that are not ours; move them or use --images")
+    common.discard(*folder.parent.glob(".*.part"), *folder.parent.glob(".*.old"))  # of killed runs
+    with common.replacing(folder) as temporary:
+        temporary.mkdir()
+        fill(temporary)
+        common.write_json(stamp, temporary / mark.name)
+    return folder
+
+
+# %% Archives: what a tar or a zip holds
+# An archive from the internet may lead outside of its folder, or unpack to more than the disk
+# holds. Only regular files are written, under their base names; the rest is refused.
+def members(archive):
+    """Yield (name, bytes, open function or None where no regular file) of a tar or zip."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as file:
+            for member in file.infolist():
+                if not member.is_dir():
+                    yield member.filename, member.file_size, lambda m=member: file.open(m)
+        return
+    with tarfile.open(archive) as file:
+        for member in file:
+            if not member.isdir():
+                opened = (lambda m=member: file.extractfile(m)) if member.isreg() else None
+                yield member.name, member.size, opened
+        while file.fileobj.read(1 << 20):  # to the end, where gzip's checksum is
+            pass
+
+
+# %% Unpack: flat, and only what is a film or a text
+# An archive from the internet may lead outside of its folder, or unpack to more than the disk
+# holds. Only regular files are written, under their base names; the rest is refused, with its name.
+def unpack(archive, folder):
+    """Write the films and texts of an archive, flat; ValueError says what is not allowed.
+
+    More than 1 GiB and more than 30 times the archive's own size is taken for a bomb.
+    """
+    limit = max(1 << 30, 30 * archive.stat().st_size)
+    for name, length, stream in members(archive):
+        if ".." in Path(name).parts or name.startswith(("/", "\\")) or stream is None:
+            raise ValueError(f"it has a member that is not allowed: {name!r}")
+        limit -= length
+        if limit < 0:
+            raise ValueError("it unpacks to far more than its size")
+        path = folder / Path(name).name
+        kept = path.suffix.lower() in (*common.FILM_SUFFIXES, ".txt")
+        if kept and not path.name.startswith("."):  # macOS adds ._mdb001.pgm
+            if path.exists():
+                raise ValueError(f"it holds {path.name} twice")
+            with open(path, "wb") as file, stream() as data:
+                shutil.copyfileobj(data, file)
+    if not common.film_paths(folder):
+        raise ValueError("it holds no film")
+
+
+# %% From an archive, or from the mirror
+# An archive is unpacked once; its name, size and time in the folder's stamp tell whether it
+# changed. The licence of the database is shown before it is downloaded.
 MIRROR = "http://peipa.essex.ac.uk/pix/mias/all-mias.tar.gz"
 LICENCE = """The MIAS database is free for research purposes only; it may not be rented, leased or
 sold. Publications must cite: J Suckling et al (1994), "The Mammographic Image Analysis Society
 Digital Mammogram Database", Exerpta Medica, International Congress Series 1069, pp 375-378."""
 
 
-@common.in_words()
-def find_films(settings):
-    """Find the folder of raw films, or make one; who calls it holds the lock of the data folder.
-
-    Parameters
-    ----------
-    settings : Settings
-        `images`, `archive`, `labels` and `source` decide, in this order; then comes
-        data/mias/raw, then MIAS_ARCHIVE and MIAS_URL from the environment, then the mirror.
-
-    Returns
-    -------
-    source : str
-        "mias", "phantom" or "own".
-    folder : Path
-        Where the films lie.
-
-    Raises
-    ------
-    UserError
-        If a named place does not exist, or `source` is "mias" and it cannot be had.
-    """
-    source = "own" if settings.labels else "mias" if settings.source == "auto" else settings.source
-    if settings.source == "phantom":
-        return "phantom", phantom_films(settings)
-    if source == "own" and not (settings.labels and (settings.images or settings.archive)):
-        raise UserError("own films need both --labels FILE and --images DIR (or --archive FILE)")
-    raw = common.data_dir(source) / "raw"
-    if settings.images:
-        folder = Path(settings.images).expanduser()
-        if not folder.is_dir() or not film_paths(folder):
-            raise UserError(f"--images {settings.images} is no folder of films; check the name")
-        return source, folder
-    if settings.archive:
-        return source, extract(Path(settings.archive).expanduser(), raw)
-    if raw.is_dir() and film_paths(raw):
-        return source, raw
-    if os.environ.get("MIAS_ARCHIVE"):
-        return source, extract(Path(os.environ["MIAS_ARCHIVE"]), raw)
-    url = os.environ.get("MIAS_URL", MIRROR)
+def extract(archive, folder, downloaded=False):
+    """Unpack an archive into `folder`, once; a `downloaded` one that is refused is deleted."""
+    if not archive.is_file():
+        raise UserError(f"the archive {archive} is not there; check the name and the folder")
+    status = archive.stat()
+    stamp = {"archive": archive.name, "bytes": status.st_size, "changed": status.st_mtime_ns}
     try:
-        archive = download(url, raw.parent / "all-mias.tar.gz")
-    except ConnectionError as error:
-        if settings.source == "mias":
-            raise UserError(
-                f"the database could not be downloaded from {url} ({error}); download it "
-                "elsewhere and name it with --archive FILE, or try --source phantom"
-            ) from None
-        common.banner(
-            "NO MIAS DATABASE: it was not found here and could not be downloaded",
-            f"({url}: {error}).",
-            "Going on with SYNTHETIC PHANTOMS. Figures from phantoms say nothing about mammograms.",
-            "Have the database? python 01_prepare_data.py --archive all-mias.tar.gz",
-        )
-        return "phantom", phantom_films(settings)
-    return source, extract(archive, raw, downloaded=True)
+        return filled(folder, stamp, lambda temporary: unpack(archive, temporary))
+    except UserError:  # a full disk, files in the way: not the archive's fault
+        raise
+    except Exception as error:  # damage shows as TarError, BadZipFile, zlib.error, EOFError, ...
+        if downloaded:
+            archive.unlink()  # or it would be taken for the database next time
+        raise UserError(f"{archive} is damaged or not safe: {error}; get it again") from None
 
 
+# %% Download: whole or not at all, with one more try
+# The server is asked for the size first, so that a silent one is given up within seconds, and a
+# transfer that breaks off is noticed.
 def download(url, path):
-    """Download a file with torchvision, completely or not at all, and retry once.
-
-    Parameters
-    ----------
-    url : str
-        Address of the archive.
-    path : Path
-        Where it goes; a file that is there is taken as it is.
-
-    Raises
-    ------
-    ConnectionError
-        If the server cannot be reached or the transfer breaks off twice.
-    """
+    """Download a file, once; ConnectionError if it cannot be had."""
     if path.is_file():
         return path
     print(f"looking for the database at {url} ...", flush=True)
@@ -164,87 +181,11 @@ def download(url, path):
         socket.setdefaulttimeout(before)
 
 
-def extract(archive, folder, downloaded=False):
-    """Unpack the films and Info.txt of an archive, flat, into a new folder.
-
-    Only regular files with a film's or a text file's suffix are written, under their base name,
-    so no member can land outside; links, devices and upward paths are refused. More than 1 GiB
-    and more than 30 times the archive's own size is taken for a bomb. A `downloaded` archive
-    that is refused is deleted, or it would be taken for the database next time.
-
-    Returns
-    -------
-    folder : Path
-        The folder, whole. One that this archive filled before is used again.
-    """
-    if not archive.is_file():
-        raise UserError(f"the archive {archive} is not there; check the name and the folder")
-    size, changed = archive.stat().st_size, archive.stat().st_mtime_ns
-
-    def unpack(temporary):
-        limit = max(1 << 30, 30 * size)
-        for name, length, stream in _members(archive):
-            if ".." in Path(name).parts or name.startswith(("/", "\\")) or stream is None:
-                raise ValueError(f"it has a member that is not allowed: {name!r}")
-            limit -= length
-            if limit < 0:
-                raise ValueError("it unpacks to far more than its size")
-            path = temporary / Path(name).name  # macOS adds ._mdb001.pgm
-            kept = path.suffix.lower() in (*common.FILM_SUFFIXES, ".txt")
-            if kept and not path.name.startswith("."):
-                if path.exists():
-                    raise ValueError(f"it holds {path.name} twice")
-                with open(path, "wb") as file, stream() as data:
-                    shutil.copyfileobj(data, file)
-        if not film_paths(temporary):
-            raise ValueError("it holds no film")
-
-    stamp = {"archive": archive.name, "bytes": size, "changed": changed}
-    try:
-        return _filled(folder, ".archive.json", stamp, unpack)
-    except UserError:  # a full disk, files in the way: not the archive's fault
-        raise
-    except Exception as error:  # damage shows as TarError, BadZipFile, zlib.error, EOFError, ...
-        if downloaded:
-            archive.unlink()
-        raise UserError(f"{archive} is damaged or not safe: {error}; get it again") from None
-
-
-def _filled(folder, mark, stamp, fill):
-    """Return a folder after `fill(temporary)`, all or nothing; with the same stamp it is kept."""
-    mark = folder / mark
-    if mark.is_file() and common.read_json(mark) == stamp:
-        return folder
-    if folder.is_dir() and not mark.is_file() and any(folder.iterdir()):
-        raise UserError(f"{folder} holds files that are not ours; move them or use --images")
-    common.discard(*folder.parent.glob(".*.part"), *folder.parent.glob(".*.old"))  # of killed runs
-    with common.replacing(folder) as temporary:
-        temporary.mkdir()
-        fill(temporary)
-        common.write_json(stamp, temporary / mark.name)
-    return folder
-
-
-def _members(archive):
-    """Yield (name, bytes, open function or None where no regular file) of a tar or zip."""
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as file:
-            for member in file.infolist():
-                if not member.is_dir():
-                    yield member.filename, member.file_size, lambda m=member: file.open(m)
-        return
-    with tarfile.open(archive) as file:
-        for member in file:
-            if not member.isdir():
-                opened = (lambda m=member: file.extractfile(m)) if member.isreg() else None
-                yield member.name, member.size, opened
-        while file.fileobj.read(1 << 20):  # to the end, where gzip's checksum is
-            pass
-
-
+# %% Phantoms: synthetic films in the format of the database
+# They let everything run without the database, and the tests know what is on them. What a network
+# learns from them says nothing about mammograms.
 def phantom_films(settings):
-    """Make the synthetic films, once for a number of patients and a seed; return their folder."""
-    folder = common.data_dir("phantom") / "raw"
+    """Draw the synthetic films, once for a number of patients and a seed; return their folder."""
     if settings.patients < 12 or not 128 <= settings.phantom_size <= 4096:
         raise UserError("phantoms need at least 12 --patients and a --phantom-size of 128 to 4096")
     stamp = {"patients": settings.patients, "seed": settings.seed, "size": settings.phantom_size}
@@ -253,103 +194,116 @@ def phantom_films(settings):
         print(f"making phantoms of {settings.patients} patients ...", flush=True)
         common.make_phantoms(temporary, *stamp.values())
 
-    return _filled(folder, ".phantoms.json", stamp, draw)
+    return filled(common.data_dir("phantom") / "raw", stamp, draw)
 
 
-def film_paths(folder):
-    """Return the film files of a folder, sorted by name."""
-    paths = (path for path in Path(folder).iterdir() if not path.name.startswith("."))
-    return sorted(path for path in paths if path.suffix.lower() in common.FILM_SUFFIXES)
+# %% Find the films: a folder, an archive, an earlier download, the public mirror, or phantoms
+# The first of these that there is. Phantoms take over under --source auto only, and say so in a
+# banner; whatever is named with a flag and is not there ends with a message.
+@common.in_words()
+def find_films(settings):
+    """Return the source ("mias", "phantom" or "own") and the folder of its films."""
+    auto = settings.source == "auto"
+    source = "own" if settings.labels else "mias" if auto else settings.source
+    if source not in READERS:
+        raise UserError(f"--source {source}: expected auto, {', '.join(READERS)}")
+    if source == "phantom":
+        return source, phantom_films(settings)
+    if source == "own" and not settings.labels:
+        raise UserError("own films need both --labels FILE and --images DIR (or --archive FILE)")
+    raw = common.data_dir(source) / "raw"
+    if source != "mias" and not (settings.images or settings.archive):
+        raise UserError(f"--source {source} needs --images DIR or --archive FILE")
+    if settings.images:
+        folder = Path(settings.images).expanduser()
+        if not folder.is_dir() or not common.film_paths(folder):
+            raise UserError(f"--images {settings.images} is no folder of films; check the name")
+        return source, folder
+    if settings.archive:
+        return source, extract(Path(settings.archive).expanduser(), raw)
+    if raw.is_dir() and common.film_paths(raw):
+        return source, raw
+    if os.environ.get("MIAS_ARCHIVE"):
+        return source, extract(Path(os.environ["MIAS_ARCHIVE"]), raw)
+    url = os.environ.get("MIAS_URL", MIRROR)
+    try:
+        return source, extract(download(url, raw.parent / "all-mias.tar.gz"), raw, downloaded=True)
+    except ConnectionError as error:
+        if not auto:
+            raise UserError(
+                f"the database could not be downloaded from {url} ({error}); download it "
+                "elsewhere and name it with --archive FILE, or try --source phantom"
+            ) from None
+        common.banner(
+            "NO MIAS DATABASE: it was not found here and could not be downloaded",
+            f"({url}: {error}).",
+            "Going on with SYNTHETIC PHANTOMS. Figures from phantoms say nothing about mammograms.",
+            "Have the database? python 01_prepare_data.py --archive all-mias.tar.gz",
+        )
+    return "phantom", phantom_films(settings)
 
 
-if __name__ == "__main__":
-    with common.locked(common.data_dir()):  # two processes must not unpack into the same folder
-        source, folder = find_films(settings)
-    print(f"{source}: {len(film_paths(folder))} films in {folder}")
-
-
-# %% Read the labels: every row of Info.txt is a finding, and the worst one labels the film
+# %% Labels of MIAS: every row of Info.txt is a finding, and the worst one labels the film
+# Films 2k-1 and 2k are the right and the left breast of patient k. The file counts y from the
+# bottom; here it runs from the top. A row that is not understood is refused, never skipped.
 TISSUES = {"F": "fatty", "G": "fatty-glandular", "D": "dense-glandular"}
 TYPES = ("CALC", "CIRC", "SPIC", "MISC", "ARCH", "ASYM")
+ROW = (  # mdb001 G CIRC B 535 425 197, or mdb003 D NORM
+    r"\s*(?P<image>MDB\d+)\s+(?P<tissue>[FGD])\s+(?:NORM|(?P<type>" + "|".join(TYPES) + ")"
+    r"\s+(?P<severity>[BM])(?:\s+(?P<x>\d+)\s+(?P<y>\d+)\s+(?P<radius>0*[1-9]\d*)|\s+\*NOTE\s+3\*)?)"
+    r"\s*$"
+)
+LABELS = ["image", "patient", "laterality", "tissue", "label", "label_name", "findings"]
+FINDINGS = ["image", "type", "severity", "x", "y", "radius"]
+
+
+def worst(labels, groups):
+    """Return for every row the worst label (a Series of codes) of its group."""
+    severity = labels.map(SEVERITY.index)
+    return severity.groupby(groups).transform("max").map(dict(enumerate(SEVERITY)))
 
 
 def parse_info(text, film_height=1024):
-    """Parse Info.txt of the MIAS database.
+    """Return the tables of labels and findings (px, x and y from the top left) of Info.txt."""
+    lines = pd.Series(text.lstrip("\ufeff").upper().splitlines())
+    lines.index += 1
+    named = lines.str.match(r"\s*MDB\d") & lines.str.match(r"MDB\d").cummax()  # first comes prose
+    rows = lines[named].str.extract(ROW)
+    problems = [f"line {n}: {lines[n].strip()!r}" for n in rows.index[rows["image"].isna()]]
+    rows["image"] = rows["image"].str.lower()
+    code = rows["severity"].map({"B": BENIGN, "M": MALIGNANT}).fillna(NORMAL).astype(int)
+    for name, part in rows.groupby("image"):
+        if part["tissue"].nunique() > 1:
+            problems.append(f"{name} has several tissues")
+        if part["severity"].isna().any() and part["severity"].notna().any():
+            problems.append(f"{name} is called normal in one row and not in another")
+    if problems or rows.empty:
+        found = "; ".join(problems[:8]) or "no row that starts with mdbNNN"
+        raise UserError(
+            f"Info.txt cannot be trusted: {found}. Expected rows as 'mdb001 G CIRC B 535 425 197' "
+            "or 'mdb003 D NORM'; compare it with the distributed one"
+        )
+    findings = rows[rows["severity"].notna()].reset_index(drop=True)[FINDINGS]
+    findings[["x", "y", "radius"]] = findings[["x", "y", "radius"]].astype(float)
+    findings["y"] = film_height - 1 - findings["y"]
+    rows = rows.assign(label=worst(code, rows["image"]), findings=rows["severity"].notna())
+    count = rows.groupby("image")["findings"].transform("sum")
+    labels = rows.assign(findings=count).drop_duplicates("image").sort_values("image")
+    number = labels["image"].str[3:].astype(int)
+    labels["patient"] = ((number + 1) // 2).astype(str)
+    labels["laterality"] = np.where(number % 2, "right", "left")
+    labels["label_name"] = labels["label"].map(dict(enumerate(CLASS_NAMES)))
+    return labels.reset_index(drop=True)[LABELS], findings
 
-    Films 2k-1 and 2k are the right and the left breast of patient k. The file counts y from the
-    bottom; here it runs from the top.
 
-    Parameters
-    ----------
-    text : str
-        The whole file. The first row starts with ``mdbNNN`` at column 0; before it comes prose.
-    film_height : int
-        Rows of a film, to turn y over.
-
-    Returns
-    -------
-    labels : DataFrame
-        One row a film: image, patient, laterality, tissue, label, label_name, findings (number).
-    findings : DataFrame
-        One row a finding: image, type, severity, x, y, radius (px, empty where not given).
-
-    Raises
-    ------
-    UserError
-        With every line that cannot be understood.
-    """
-    films, findings, problems = {}, [], []
-    for number, line in enumerate(text.lstrip("\ufeff").splitlines(), start=1):
-        if not re.match(r"\s*mdb\d" if films else r"mdb\d", line, flags=re.IGNORECASE):
-            continue
-        image, *tokens = line.lower().split()
-        tissue, kind, severity, *place = [token.upper() for token in tokens] + [""] * 3
-        if not re.fullmatch(r"mdb\d+", image):
-            problems.append(f"line {number}: film {image!r}")
-            continue
-        film = films.setdefault(image, {"tissue": tissue, "severities": []})
-        if tissue not in TISSUES or film["tissue"] != tissue:
-            problems.append(f"line {number}: tissue {tissue!r} (F, G or D, alike for one film)")
-        if (kind, severity) == ("NORM", ""):
-            film["severities"].append("N")
-            continue
-        if kind not in TYPES or severity not in ("B", "M"):
-            problems.append(f"line {number}: finding {kind!r}, severity {severity!r}")
-            continue
-        film["severities"].append(severity)
-        place = " ".join(place).strip()
-        known = re.fullmatch(r"(\d+) (\d+) (\d+)", place)
-        x, y, radius = map(float, known.groups()) if known else (np.nan,) * 3
-        if radius == 0 or not known and place not in ("", "*NOTE 3*"):
-            problems.append(f"line {number}: place and radius {place!r}")
-        findings.append((image, kind, severity, x, film_height - 1 - y, radius))
-    labels = []
-    for image, film in sorted(films.items()):
-        severities = film["severities"]
-        if "N" in severities and len(set(severities)) > 1:
-            problems.append(f"{image} is called normal in one row and not in another")
-        label = MALIGNANT if "M" in severities else BENIGN if "B" in severities else NORMAL
-        number, count = int(image[3:]), len(severities) - severities.count("N")
-        laterality = "right" if number % 2 else "left"
-        labels.append((image, (number + 1) // 2, laterality, film["tissue"], label, count))
-    if problems or not labels:
-        found = "; ".join(problems[:10]) or "no row that starts with mdbNNN"
-        raise UserError(f"Info.txt cannot be trusted: {found}. Compare it with the distributed one")
-    columns = ["image", "patient", "laterality", "tissue", "label", "findings"]
-    labels = pd.DataFrame(labels, columns=columns)
-    labels.insert(5, "label_name", [CLASS_NAMES[label] for label in labels["label"]])
-    columns = ["image", "type", "severity", "x", "y", "radius"]
-    return labels, pd.DataFrame(findings, columns=columns)
+# %% Labels of your own films: a CSV with image and label, perhaps patient and laterality
+# Whatever could be meant in two ways is refused, with its line. Without patients the split cannot
+# keep a patient's films together, so that is said.
+SIDES = {"": "", "r": "right", "l": "left", "right": "right", "left": "left"}
 
 
 def read_own_labels(path):
-    """Read a user's labels CSV: image, label (0, 1, 2 or a name), maybe patient and laterality.
-
-    Returns
-    -------
-    labels, findings : DataFrame
-        As `parse_info` gives them; findings is empty.
-    """
+    """Return the tables of labels and findings (empty) of a CSV `image,label[,patient,...]`."""
     try:
         given = pd.read_csv(path, dtype=str, skipinitialspace=True, header=None)
     except (OSError, ValueError) as error:
@@ -362,10 +316,12 @@ def read_own_labels(path):
         raise UserError(f"{path} {wrong}; found {', '.join(names)}")
     if given.empty:
         raise UserError(f"{path} has no rows below its header")
+    if "patient" in given and given["patient"].isna().any():
+        raise UserError(f"{path}: some rows have no patient; fill the column or leave it out")
+    given = given.apply(lambda column: column.fillna("").str.strip())
     codes = {name: code for code, name in enumerate(CLASS_NAMES)}
-    codes.update({str(code): code for code in range(3)})
-    label = given["label"].str.strip().str.lower().map(codes)
-    image = given["image"].fillna("").str.strip().map(lambda name: Path(name).stem)
+    label = given["label"].str.lower().map({**codes, "0": 0, "1": 1, "2": 2})
+    image = given["image"].map(lambda name: Path(name).stem)
     bad = given.index[label.isna() | (image == "")]
     if len(bad):
         raise UserError(
@@ -376,48 +332,65 @@ def read_own_labels(path):
     twice = image.str.lower().duplicated()
     if twice.any():
         raise UserError(f"{path} names {common.listing(image[twice].unique())} twice")
-    if "patient" in given and given["patient"].isna().any():
-        raise UserError(f"{path}: some rows have no patient; fill the column or leave it out")
     if "patient" not in given:
-        print("no patient column: each image counts as its own patient. If some patients have")
-        print("several films, add the column, or films of one patient land on both sides.")
-    sides = {"": "", "r": "right", "l": "left", "right": "right", "left": "left"}
-    side = given.get("laterality", pd.Series("", given.index)).fillna("").str.strip().str.lower()
-    if not side.isin(sides).all():
-        found = common.listing(side[~side.isin(sides)].unique())
+        common.warn(
+            f"{path} has no patient column: each image counts as its own patient. If some patients "
+            "have several films, add the column, or films of one land on both sides of the split"
+        )
+    side = given.get("laterality", pd.Series("", given.index)).str.lower()
+    if not side.isin(SIDES).all():
+        found = common.listing(side[~side.isin(SIDES)].unique())
         raise UserError(f"{path}: laterality {found}; expected right, left or nothing")
-    labels = pd.DataFrame({"image": image, "patient": given.get("patient", image).str.strip()})
-    labels["laterality"] = side.map(sides)
-    labels["tissue"] = ""
-    labels["label"] = label.astype(int)
-    labels["label_name"] = [CLASS_NAMES[code] for code in labels["label"]]
-    labels["findings"] = 0
-    return labels, pd.DataFrame(columns=["image", "type", "severity", "x", "y", "radius"])
+    labels = pd.DataFrame({"image": image, "patient": given.get("patient", image)})
+    labels = labels.assign(laterality=side.map(SIDES), tissue="", label=label.astype(int))
+    labels["label_name"] = labels["label"].map(dict(enumerate(CLASS_NAMES)))
+    return labels.assign(findings=0)[LABELS], pd.DataFrame(columns=FINDINGS)
 
 
-@common.in_words()
-def read_labels(source, folder, settings):
-    """Read Info.txt of a folder, or the user's own CSV."""
-    if source == "own":
-        return read_own_labels(settings.labels)
+# %% Read the labels: filter or correct them below this cell, and that is what is prepared
+# A database is one function that returns its labels and findings, and one name in READERS. From
+# here on only the tables `labels` and `findings` count, whatever became of them in between.
+def read_mias(folder, settings):
+    """Read Info.txt; y is turned over at the height of the first film that can be read."""
     info = [path for path in Path(folder).iterdir() if path.name.lower() == "info.txt"]
     if not info:
         raise UserError(f"no Info.txt in {folder}; copy the database's there, or use --labels FILE")
     height = 1024
-    for path in film_paths(folder):
+    for path in common.film_paths(folder):
         with contextlib.suppress(UserError, OSError):  # a broken film is named later
             height = common.read_film(path).shape[0]
             break
     return parse_info(info[0].read_text(encoding="utf-8", errors="replace"), height)
 
 
+def read_own(folder, settings):
+    """Read the user's own CSV."""
+    return read_own_labels(Path(settings.labels).expanduser())
+
+
+def stock_of(folder):
+    """Return name, bytes and time of every file in a folder, to tell whether one changed."""
+    stats = {path.name: path.stat() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+    return [(name, status.st_size, status.st_mtime_ns) for name, status in stats.items()]
+
+
+READERS = {"mias": read_mias, "phantom": read_mias, "own": read_own}
+
 if __name__ == "__main__":
-    labels, findings = read_labels(source, folder, settings)
+    common.check_settings(settings, "01_prepare_data.py")
+    with common.locked(common.data_dir()):  # two processes must not unpack into the same folder
+        source, folder = find_films(settings)
+        with common.in_words(folder):
+            labels, findings = READERS[source](folder, settings)
+            stock, database = stock_of(folder), (labels.copy(), findings.copy())
+    print(f"{source}: {len(common.film_paths(folder))} films in {folder}")
     common.table(labels["label_name"].value_counts().to_frame("films"), "films per class")
-    common.table(findings.head(8), "the first findings, y from the top")
+    common.table(findings.head(8), "the first findings; x and y in px from the top left")
 
 
-# %% Find the breast: labels, tape and frames go, the breast and the muscle stay
+# %% Which breast: the chest wall lies at the film's brighter side
+# A guess, for films whose laterality is not known: light is where tissue is. It fails where the
+# breast fills the whole film (2 of 322).
 def guess_laterality(film):
     """Return the brighter half, "right" or "left"; wrong if the breast fills the film (mdb151)."""
     columns = film.mean(axis=0)  # (width,)
@@ -425,6 +398,9 @@ def guess_laterality(film):
     return "right" if columns[-middle:].sum() > columns[:middle].sum() else "left"
 
 
+# %% Tissue and film: the grey level that parts them
+# Every film has its own grey levels, so the threshold is computed for each: film is nearly black,
+# tissue is not, and the skin line lies between.
 def tissue_threshold(film):
     """Return the grey level that parts film from tissue: Otsu (1979), then two thirds back to film.
 
@@ -441,24 +417,29 @@ def tissue_threshold(film):
     return ((2 * unlit + root[otsu]) / 3) ** 2
 
 
-def density(mask, radius):
-    """Return how full (0 to 255) the square of `radius` pixels round each pixel of a mask is."""
-    image = Image.fromarray(mask.astype(np.uint8) * 255)
-    return np.asarray(image.filter(ImageFilter.BoxBlur(radius)))
-
-
+# %% Masks: pieces that hang together
+# Which bright pixels belong to the breast and which to a label? Those that hang together with it.
+# Sweeps over whole columns take two or three rounds; pixel by pixel it would be a hundred.
 def connected(seed, mask):
     """Return the pixels of a bool mask that are joined to a bool seed, through 4 neighbours."""
     position = np.arange(1, max(mask.shape) + 1, dtype=np.int16)[:, None]
     walls = [np.rot90(~mask, turn) for turn in (1, 2, 3, 4)]
     walls = [np.maximum.accumulate(wall * position[: len(wall)], axis=0) for wall in walls]
     size = -1
-    while seed.sum() > size:  # sweeps over whole columns: two or three rounds, not a hundred
+    while seed.sum() > size:
         size = seed.sum()
         for wall in walls:
             seed = np.rot90(seed)
             seed = np.maximum.accumulate(seed * position[: len(seed)], axis=0) > wall
     return seed
+
+
+# %% Masks: their holes, and PIL's filters
+# Dark spots inside a breast are breast. PIL's MinFilter and MaxFilter shave a rim off a mask and
+# put one on, which is how narrow bridges to labels are cut below.
+def filtered(mask, pixel_filter):
+    """Return a bool mask as PIL's filter leaves it, uint8 0 to 255."""
+    return np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).filter(pixel_filter))
 
 
 def fill_holes(mask):
@@ -470,42 +451,35 @@ def fill_holes(mask):
     return seen
 
 
+# %% Find the breast: labels, tape and frames go, the breast and the muscle stay
+# Labels, tape and frames are as bright as the breast. What tells them apart is where they lie and
+# how full they are: the breast is the fullest bright piece near the chest wall. On a coarse film,
+# narrow bridges to labels are cut, the main piece is kept, its holes are filled, and a rim is
+# added because the skin is nearly black.
 def find_breast(film, laterality):
-    """Tell the breast from film, labels, tape and frames. The pectoral muscle stays.
+    """Return the breast with 1.5 % of the film's size round it, bool (height, width).
 
-    Parameters
-    ----------
-    film : ndarray of uint8, shape (height, width)
-    laterality : {"right", "left", ""}
-        The film edge that the chest wall lies against; "" to guess it.
-
-    Returns
-    -------
-    ndarray of bool, shape (height, width)
-        True on the breast and 1.5 % of the film size beyond all that is brighter than film.
-
-    Raises
-    ------
-    ValueError
-        If no single piece brighter than the film covers 3 to 98 % of it.
+    `laterality`, "right" or "left", names the film's edge that the chest wall lies against.
+    ValueError if no single piece brighter than the film covers 3 to 98 % of it.
     """
     height, width = film.shape
-    cell = max(1, round(max(film.shape) / 128))  # a coarse film is quick, and free of noise
+    cell = max(1, round(max(film.shape) / 128))
     coarse = np.asarray(Image.fromarray(film).reduce(cell))  # (about 128, about 128)
     bright = coarse > tissue_threshold(coarse)
     # Two cells off every rim break the bridges to labels and tape, and remove scratches.
-    core = density(bright, 2) == 255
+    core = filtered(bright, ImageFilter.MinFilter(5)) > 0
     # Labels and frames are narrow and far from the chest wall: the fullest place near it is breast.
-    wall_right = (laterality or guess_laterality(film)) == "right"
+    wall_right = laterality == "right"
     nearness = np.linspace(*((0.5, 1) if wall_right else (1, 0.5)), num=coarse.shape[1])
-    fullness = density(bright, 14) * nearness * core
-    piece = density(connected(core & (fullness == fullness.max()), core), 2) > 0
+    fullness = filtered(bright, ImageFilter.BoxBlur(14)) * nearness * core
+    piece = connected(core & (fullness == fullness.max()), core)
+    piece = filtered(piece, ImageFilter.MaxFilter(5)) > 0
     if not 0.03 < piece.mean() < 0.98:
         raise ValueError(
             f"no breast found: the main bright piece covers {piece.mean():.1%} of the "
             f"film (grey levels {film.min()} to {film.max()}), expected 3 to 98 %"
         )
-    breast = fill_holes(density(piece, 2) > 0)
+    breast = fill_holes(filtered(piece, ImageFilter.MaxFilter(5)) > 0)
     # The skin may be darker than the threshold, but behind the chest wall there is only padding.
     columns = np.flatnonzero(piece.any(axis=0))
     breast[:, slice(columns[-1] + 1, None) if wall_right else slice(columns[0])] = False
@@ -516,17 +490,9 @@ def find_breast(film, laterality):
     return np.asarray(half.resize((width, height), Image.NEAREST)) > 127
 
 
-def breast_box(mask, margin, wall_margin, wall_right):
-    """Return top, left, height and width of the box round a mask, wider by the margins (px)."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    before, after = (margin, wall_margin) if wall_right else (wall_margin, margin)
-    top, left = max(0, int(rows[0]) - margin), max(0, int(columns[0]) - before)
-    bottom = min(mask.shape[0], int(rows[-1]) + 1 + margin)
-    right = min(mask.shape[1], int(columns[-1]) + 1 + after)
-    return top, left, bottom - top, right - left
-
-
-# %% Place it on the canvas: crop, mirror right breasts, shrink without distortion, pad with black
+# %% From film to canvas: what is kept of each film, to carry circles along
+# A radiologist's circle is given in pixels of the film, the network sees the canvas. The Geometry
+# of each film carries points from one to the other.
 class Geometry(NamedTuple):
     """How a film came to its canvas; enough to carry a point either way."""
 
@@ -549,90 +515,163 @@ def film_to_canvas(x, y, geometry):
     return (x + 0.5) * geometry.scale - 0.5, (y + 0.5) * geometry.scale - 0.5
 
 
-def canvas_to_film(x, y, geometry):
-    """Carry canvas pixels back to film pixels, the inverse of `film_to_canvas`."""
-    x, y = (x + 0.5) / geometry.scale - 0.5, (y + 0.5) / geometry.scale - 0.5
-    if geometry.mirrored:
-        x = geometry.crop_width - 1 - x
-    return x + geometry.crop_left, y + geometry.crop_top
-
-
+# %% Place it on the canvas: crop, mirror right breasts, shrink without distortion, pad with black
+# Cropping to the breast about doubles the pixels that show tissue; at one scale in both directions
+# a round mass stays round.
 def place_film(film, laterality, size):
-    """Cut the breast out of a film and place it on a black canvas.
+    """Place the breast of a film (uint8) on a black canvas of `size` (height, width), px.
 
-    Parameters
-    ----------
-    film : ndarray of uint8, shape (height, width)
-        The film.
-    laterality : str
-        "right", "left", or "" to judge it from where the light is.
-    size : tuple of int
-        Canvas height and width, px.
-
-    Returns
-    -------
-    canvas : ndarray of uint8, shape `size`
-        Chest wall on the left, breast at the top left corner.
-    geometry : Geometry
-        The way here and back.
-    mask : ndarray of bool, shape (height, width)
-        The breast on the film.
-
-    Raises
-    ------
-    ValueError
-        If the film has no breast that can be found.
+    Returns canvas (uint8, chest wall on the left, breast at the top left corner), Geometry and the
+    mask on the film (bool). `laterality` "" is guessed. ValueError if there is no breast.
     """
     laterality = laterality or guess_laterality(film)
-    mask = find_breast(film, laterality)
-    mirrored = laterality == "right"
+    mask, mirrored = find_breast(film, laterality), laterality == "right"
     # Some circles of MIAS reach up to 45 px of 1024 behind the chest wall (mdb110).
-    margins = round(max(film.shape) / 128), round(max(film.shape) * 0.047)
-    top, left, height, width = breast_box(mask, *margins, wall_right=mirrored)
-    scale = min(size[0] / height, size[1] / width)
-    box = (slice(top, top + height), slice(left, left + width))
+    margin, wall = round(max(film.shape) / 128), round(max(film.shape) * 0.047)
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    before, after = (margin, wall) if mirrored else (wall, margin)
+    top, left = max(0, int(rows[0]) - margin), max(0, int(columns[0]) - before)
+    box = np.s_[top : int(rows[-1]) + 1 + margin, left : int(columns[-1]) + 1 + after]
     crop = film[box] * mask[box]
+    height, width = crop.shape
+    scale = min(size[0] / height, size[1] / width)
     if mirrored:
         crop = crop[:, ::-1]
     # whole canvas pixels: at most half of one is lost, and points keep the exact scale
     shape = [min(max(round(side * scale), 1), most) for side, most in zip(crop.shape, size)]
     extent = (0, 0, min(shape[1] / scale, width), min(shape[0] / scale, height))
-    small = Image.fromarray(crop).resize(shape[::-1], Image.BILINEAR, box=extent)
     canvas = np.zeros(size, np.uint8)
-    canvas[: shape[0], : shape[1]] = small
-    geometry = Geometry(*film.shape, top, left, height, width, mirrored, scale)
-    return canvas, geometry, mask
+    canvas[: shape[0], : shape[1]] = Image.fromarray(crop).resize(
+        shape[::-1], Image.BILINEAR, box=extent
+    )
+    return canvas, Geometry(*film.shape, top, left, height, width, mirrored, scale), mask
 
 
-def plot_crops(labels, folder, size=(512, 288)):
-    """Draw two films of each class before and after the crop, the breast outlined."""
-    paths = {path.stem.lower(): path for path in film_paths(folder)}
-    examples = labels[labels["image"].str.lower().isin(paths)]
-    examples = examples.groupby("label").head(2).sort_values("label")
+# %% Look: two films of each class before and after the crop
+# Is the outline on the skin, is nothing of the breast cut off, is the label in the corner gone? A
+# look at six films shows more than any number.
+if __name__ == "__main__":
+    examples = labels.groupby("label").head(2).sort_values("label")
     figure, axes = plt.subplots(2, 6, figsize=(9, 5), layout="constrained", height_ratios=(2, 3))
-    for (before, after), row in zip(axes.T, examples.itertuples()):
-        try:
-            film = common.read_film(paths[row.image.lower()])
-            canvas, _, mask = place_film(film, row.laterality, size)
-        except (UserError, ValueError, OSError):
-            continue  # named below, where all films are checked
-        before.imshow(film, cmap="gray", vmin=0, vmax=255)
-        before.contour(mask, levels=[0.5], colors="#56B4E9", linewidths=1)
-        before.set_title(f"{row.image}\n{row.label_name}", fontsize=9)
-        after.imshow(canvas, cmap="gray", vmin=0, vmax=255)
+    file_of = {path.stem.lower(): path for path in common.film_paths(folder)}
+    for (above, below), row in zip(axes.T, examples.itertuples()):
+        with contextlib.suppress(UserError, ValueError, OSError, KeyError):  # named further down
+            film = common.read_film(file_of[row.image.lower()])
+            canvas, _, mask = place_film(film, row.laterality, (512, 288))
+            above.imshow(film, cmap="gray", vmin=0, vmax=255)
+            above.contour(mask, levels=[0.5], colors="#56B4E9", linewidths=1)
+            above.set_title(f"{row.image}\n{row.label_name}", fontsize=9)
+            below.imshow(canvas, cmap="gray", vmin=0, vmax=255)
     for axis in axes.flat:
         axis.axis("off")
     figure.suptitle("Before (breast outlined) and after the crop; right breasts are mirrored")
-    return figure
-
-
-if __name__ == "__main__":
-    figure = plot_crops(labels, folder)
     common.show(figure, common.data_dir(source) / "figures" / "crops.png")
 
 
+# %% The size of the canvas
+# 512 x 288 px has the shape of a cropped breast (about 1 : 2) and leaves the median lesion 41 px
+# wide; at 224 px, the usual size, 43 % of the lesions are smaller than one place of the network's
+# map.
+def canvas_size(text, source):
+    """Read a size such as "512x288" as (height, width) in px."""
+    text = {"auto": "160x90" if source == "phantom" else "512x288"}.get(text, text)
+    match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
+    size = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not all(64 <= side <= 4096 for side in size):
+        raise UserError(f"--size {text} is no canvas; expected HEIGHTxWIDTH, 64 to 4096 px each")
+    return size
+
+
+# %% Match films and labels: by name, whatever its case
+# A label without a film, and a film without a label, are both said. Two files that could be meant
+# by one name are refused.
+def match_films(labels, folder):
+    """Return {image: path} of the labelled films in a folder, in the order of the files."""
+    images = dict(zip(labels["image"].str.lower(), labels["image"]))
+    files = common.film_paths(folder)
+    extra = [path.stem for path in files if path.stem.lower() not in images]
+    if extra:
+        common.warn(f"{len(extra)} films have no label and are left out: {common.listing(extra)}")
+    found = [path for path in files if path.stem.lower() in images]
+    paths = {images[path.stem.lower()]: path for path in found}
+    kept = set(paths.values())
+    several = [path.stem for path in found if path not in kept]
+    if several:
+        raise UserError(f"several files for {common.listing(several)}")
+    if not paths:
+        expected = common.listing(labels["image"], 3)
+        raise UserError(f"none of the labelled films was found; expected {expected or 'no film'}")
+    return paths
+
+
+if __name__ == "__main__":
+    common.check_settings(settings, "01_prepare_data.py")
+    size = canvas_size(settings.size, source)
+    with common.in_words(folder):
+        paths = match_films(labels, folder)
+    print(f"{len(paths)} films for {len(labels)} labels, canvas {size[0]} x {size[1]} px")
+
+
+# %% Place every film: on all cores, into one array
+# The array lies in a nameless file, so that memory stays flat and a killed run leaves nothing.
+# Films that were placed before, from the same files with the same settings, are taken as they are.
+VERSION = 3  # of reading and placing; a new one makes every array again
+
+
+def prepare_film(path, image, laterality, size, source):
+    """Return one film's canvas and row of films.csv; `problem` says why one cannot be used."""
+    row = {"image": image, "file": str(path.resolve()), "digest": "", "problem": ""}
+    try:
+        film = common.read_film(path)
+        row["digest"] = hashlib.sha256(np.ascontiguousarray(film)).hexdigest()[:16]
+        if source == "mias" and film.shape != (1024, 1024):
+            raise ValueError(f"{film.shape[0]} x {film.shape[1]} px, expected 1024 x 1024")
+        canvas, geometry, _ = place_film(film, laterality, size)
+        return canvas, {**row, **geometry._asdict()}
+    except (UserError, ValueError, OSError) as error:
+        row["problem"] = common.explain(error) if isinstance(error, OSError) else str(error)
+        return np.zeros(size, np.uint8), row
+
+
+def scratch_array(shape, folder):
+    """Return a writable uint8 array that lies in a file without a name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for _ in range(shape[0]):  # no holes: on a full disk a map of them would crash
+            file.write(bytes(shape[1] * shape[2]))
+        file.flush()
+        return np.memmap(file, np.uint8, "r+", shape=shape)
+
+
+if __name__ == "__main__":
+    target = common.data_dir(source)
+    sides = labels.set_index("image")["laterality"].to_dict()
+    files = [(image, sides[image], path.name) for image, path in paths.items()]
+    placed_key = common.fingerprint(VERSION, source, size, files, stock)
+    before, known = {}, None
+    with contextlib.suppress(UserError):  # nothing is there yet, or it is not whole
+        before = common.read_json(target / "prepared.json")
+        known = common.load_prepared(source)
+    if known and before.get("placed") == placed_key and len(known.table) == len(paths):
+        canvases, film_table = known.films, known.table.assign(problem="")
+        print(f"{len(canvases)} films are up to date")
+    else:
+        with common.in_words(target):
+            canvases = scratch_array((len(paths), *size), target)
+
+        def place(item):
+            """Fill canvas `number` and return its row of films.csv."""
+            number, (image, path) = item
+            canvases[number], row = prepare_film(path, image, sides[image], size, source)
+            return row
+
+        rows = common.in_threads(place, list(enumerate(paths.items())), "preparing films")
+        film_table = pd.DataFrame(rows)  # row n is canvas n
+
+
 # %% Check every film: a digest of its pixels tells a wrong, damaged or renamed one
-# The first 6 hex digits of the sha256 of the pixels of mdb001 to mdb322, one after the other
+# No film is used under another's name, and none twice: either would leak. Missing and broken films
+# end the run, unless --allow-partial says that they may be left out.
 DIGESTS = """
 e3442d7245405072bbb07cd3f345851fd2a611f35c0103ea240d3e6c2a95858f9c16a2a3af63c91758f88a3a725d257f
 e853fc1242903f204994d21270739d9f9db283c83fb7353a598d216fc3b13c6eb21f4db69a6bce57d2b059029e36f012
@@ -664,49 +703,26 @@ def known_digests():
     return {digits[6 * n : 6 * n + 6]: f"mdb{n + 1:03d}" for n in range(len(digits) // 6)}
 
 
-def check_films(source, films, labels, allow_partial):
-    """Compare the films with the labels and, for MIAS, with the database as distributed.
+def check_films(source, films, missing, allow_partial):
+    """Return which films can be used, bool (n,); `films` has image, digest and problem.
 
-    Parameters
-    ----------
-    source : str
-        "mias", "phantom" or "own".
-    films : DataFrame
-        image, digest, problem ("" if the film can be used).
-    labels : DataFrame
-        One row a film.
-    allow_partial : bool
-        Warn of films that are missing or unusable instead of ending.
-
-    Returns
-    -------
-    usable : ndarray of bool
-        One value a film.
-
-    Raises
-    ------
-    UserError
-        If two names hold the same pixels, or one the pixels of another MIAS film; and, unless
-        `allow_partial`, if films are missing or unusable. Every film is named.
+    UserError if two names hold the same pixels, or one those of another MIAS film, and, unless
+    `allow_partial`, if films are missing or unusable. Every film is named.
     """
     twice = films[films["digest"].duplicated(keep=False) & (films["problem"] == "")]
     if len(twice):
         raise UserError(f"the same pixels under several names: {common.listing(twice['image'])}")
-    if source == "mias":
-        known = known_digests()
-        belongs = films["digest"].str[:6].map(known)
-        renamed = films[belongs.notna() & (belongs != films["image"])]
-        if len(renamed):
-            pairs = [f"{a} holds {b}" for a, b in zip(renamed["image"], belongs[renamed.index])]
-            raise UserError(f"renamed films, their labels would be wrong: {common.listing(pairs)}")
-        other = films[belongs.isna() & (films["problem"] == "")]
-        if len(other):
-            common.warn(
-                f"{len(other)} films differ from the distributed database, so results cannot be "
-                f"compared with others': {common.listing(other['image'])}"
-            )
-    expected = set(labels["image"]) | (set(known_digests().values()) if source == "mias" else set())
-    missing = sorted(expected - set(films["image"]))
+    belongs = films["digest"].str[:6].map(known_digests() if source == "mias" else {})
+    renamed = films[belongs.notna() & (belongs != films["image"])]
+    if len(renamed):
+        pairs = [f"{a} holds {b}" for a, b in zip(renamed["image"], belongs[renamed.index])]
+        raise UserError(f"renamed films, their labels would be wrong: {common.listing(pairs)}")
+    other = films[belongs.isna() & (films["problem"] == "")]
+    if source == "mias" and len(other):
+        common.warn(
+            f"{len(other)} films differ from the distributed database, so results cannot be "
+            f"compared with others': {common.listing(other['image'])}"
+        )
     broken = films[films["problem"] != ""]
     problems = [f"{len(missing)} films are missing: {common.listing(missing)}"] if missing else []
     problems += [f"{row.image}: {row.problem}" for row in broken.itertuples()]
@@ -719,249 +735,77 @@ def check_films(source, films, labels, allow_partial):
     return (films["problem"] == "").to_numpy()
 
 
-# %% Split patients, never films: no patient is on both sides
-def split_patients(labels, folds, seed):
-    """Deal the patients into folds, stratified by the worse label of their films.
-
-    Parameters
-    ----------
-    labels : DataFrame
-        image, patient, label.
-    folds : int
-        How many parts.
-    seed : int
-        Of the shuffle.
-
-    Returns
-    -------
-    splits : DataFrame
-        image, patient, fold (0 to folds - 1).
-
-    Raises
-    ------
-    UserError
-        If a class has fewer patients than there are folds.
-    """
-    worse = worse_label(labels)
-    counts = worse.groupby(labels["patient"]).first().value_counts()
-    if folds < 2 or len(counts) < 2 or counts.min() < folds:
-        found = ", ".join(f"{CLASS_NAMES[code]} {n}" for code, n in counts.sort_index().items())
-        raise UserError(
-            f"{folds} folds need at least {max(folds, 2)} patients of two classes or more; found "
-            f"patients by worse label: {found}. Choose fewer --folds or add films"
-        )
-    splits = labels[["image", "patient"]].assign(fold=-1)
-    dealer = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
-    for fold, (_, held_out) in enumerate(dealer.split(labels, worse, labels["patient"])):
-        splits.loc[splits.index[held_out], "fold"] = fold
-    return splits
-
-
-def worse_label(labels):
-    """Return for every film the worst label of its patient: malignant, benign, then normal."""
-    severity = labels["label"].map({NORMAL: 0, BENIGN: 1, MALIGNANT: 2})
-    worst = severity.groupby(labels["patient"]).transform("max")
-    return worst.map({0: NORMAL, 1: BENIGN, 2: MALIGNANT})
+def rows_of(labels, films):
+    """Return the labels of those films that have one, in the films' order."""
+    known = films[films["image"].isin(labels["image"])]
+    return labels.set_index("image").loc[known["image"]].reset_index()[list(labels)]
 
 
 if __name__ == "__main__":
-    splits = split_patients(labels, settings.folds, settings.seed)
+    common.check_settings(settings, "01_prepare_data.py")
+    expected = {*labels["image"], *(known_digests().values() if source == "mias" else ())}
+    there = {path.stem.lower() for path in common.film_paths(folder)}
+    missing = sorted(image for image in expected if image.lower() not in there)
+    usable = film_table[check_films(source, film_table, missing, settings.allow_partial)]
+    print(f"{len(usable)} films can be used")
+
+
+# %% Split patients, never films: no patient is on both sides
+# Two breasts of one woman are alike; a model that saw one in training knows the other. Patients
+# are dealt out by the worse label of their films, so that every part has its share of each class.
+# Step 2 takes the validation patients with the same function.
+def deal_patients(labels, parts, seed, fewest):
+    """Deal patients into parts; return the part (0 to parts - 1) of each film, a Series.
+
+    `labels` has patient and label; UserError if a class has fewer patients than `fewest`.
+    """
+    worse = worst(labels["label"], labels["patient"])
+    counts = worse.groupby(labels["patient"]).first().value_counts()
+    if parts < 2 or len(counts) < 2 or counts.min() < fewest or counts.max() < parts:
+        found = ", ".join(f"{CLASS_NAMES[code]} {n}" for code, n in counts.sort_index().items())
+        raise UserError(
+            f"{parts} folds or parts need at least {max(parts, 2)} patients of two classes or "
+            f"more; found patients by worse label: {found}. Choose fewer --folds (in step 4 a "
+            "larger --validation) or add films"
+        )
+    part = pd.Series(-1, index=labels.index)
+    dealer = StratifiedGroupKFold(n_splits=parts, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():  # of classes with fewer patients than parts, judged above
+        warnings.simplefilter("ignore", UserWarning)
+        for number, (_, held_out) in enumerate(dealer.split(labels, worse, labels["patient"])):
+            part.iloc[held_out] = number
+    return part
+
+
+if __name__ == "__main__":
+    common.check_settings(settings, "01_prepare_data.py")
+    used_labels = rows_of(labels, usable)
+    part = deal_patients(used_labels, settings.folds, settings.seed, fewest=settings.folds)
+    splits_as_dealt = used_labels[["image", "patient"]].assign(fold=part)
+    splits = splits_as_dealt.copy()
     common.table(splits.groupby("fold")["patient"].agg(["nunique", "size"]), "patients and films")
 
 
-# %% Prepare: all films on one canvas array, with all that the later steps need beside it
-FILES = ("films.npy", "films.csv", "labels.csv", "findings.csv", "splits.csv", "prepared.json")
-VERSION = 2  # of the preprocessing; a new one makes every array again
+# %% Circles: from film to canvas pixels
+# A circle whose centre lies on background is unusable (mdb212 and mdb214 of MIAS); one that the
+# crop would cut is a fault of the crop, and refused.
+def place_findings(findings, table, canvases):
+    """Add canvas_x, canvas_y and canvas_radius (px), empty for a circle that is unusable.
 
-
-class Prepared(NamedTuple):
-    """What this step leaves for the next ones."""
-
-    source: str  # "mias", "phantom" or "own"
-    folder: Path  # data/<source>
-    films: np.ndarray  # uint8 memory map, (n_films, height, width)
-    table: pd.DataFrame  # films.csv: image, file, digest, the geometry; same order as `films`
-    labels: pd.DataFrame  # labels.csv, same order as `films`
-    findings: pd.DataFrame  # findings.csv, in film and in canvas pixels
-    splits: pd.DataFrame  # splits.csv: image, patient, fold
-    fingerprint: str  # of pixels, labels and findings
-    split_seed: int  # that dealt the patients into folds
-
-
-def canvas_size(text, source):
-    """Read a size such as "512x288" as (height, width) in px."""
-    text = {"auto": "160x90" if source == "phantom" else "512x288"}.get(text, text)
-    match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
-    size = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not all(64 <= side <= 4096 for side in size):
-        raise UserError(f"--size {text} is no canvas; expected HEIGHTxWIDTH, 64 to 4096 px each")
-    return size
-
-
-def prepare_film(path, image, laterality, size, source):
-    """Read, check and place one film; one that cannot be used comes back as a problem.
-
-    Returns
-    -------
-    canvas : ndarray of uint8, shape `size`
-        Black if there is a problem.
-    row : dict
-        A row of films.csv, with problem.
-    """
-    row = {"image": image, "file": str(path.resolve()), "digest": "", "problem": ""}
-    try:
-        film = common.read_film(path)
-        row["digest"] = hashlib.sha256(np.ascontiguousarray(film)).hexdigest()[:16]
-        if source == "mias" and film.shape != (1024, 1024):
-            raise ValueError(f"{film.shape[0]} x {film.shape[1]} px, expected 1024 x 1024")
-        canvas, geometry, _ = place_film(film, laterality, size)
-        row.update(geometry._asdict())
-        return canvas, row
-    except (UserError, ValueError, OSError) as error:
-        row["problem"] = common.explain(error) if isinstance(error, OSError) else str(error)
-        return np.zeros(size, np.uint8), row
-
-
-def prepare_films(paths, labels, size, source, file):
-    """Place films, {image: path}, in a new .npy file; return its map and films.csv with problem."""
-    with open(file, "wb") as empty:  # not a file with holes: on a full disk its map would crash
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), *size)}
-        np.lib.format.write_array_header_1_0(empty, header)
-        for _ in paths:
-            empty.write(bytes(size[0] * size[1]))
-    films = np.load(file, mmap_mode="r+")
-    sides = labels.set_index("image")["laterality"]
-
-    def work(item):
-        number, (image, path) = item
-        films[number], row = prepare_film(path, image, sides[image], size, source)
-        return row
-
-    rows = common.in_threads(work, list(enumerate(paths.items())), "preparing films")
-    films.flush()
-    return films, pd.DataFrame(rows)
-
-
-@common.in_words()
-def prepare(settings):
-    """Prepare a database for training: the whole of this script in one call.
-
-    Parameters
-    ----------
-    settings : Settings
-        See the settings cell.
-
-    Returns
-    -------
-    prepared : Prepared
-        Read from data/<source>; a second call with the same inputs and settings reuses it.
-
-    Raises
-    ------
-    UserError
-        If films, labels or settings cannot be used; what was prepared before stays.
-    """
-    with common.locked(common.data_dir()):
-        source, folder = find_films(settings)
-        target = common.data_dir(source)
-        size = canvas_size(settings.size, source)
-        paths = film_paths(folder)
-        inputs = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-        labels, findings = read_labels(source, folder, settings)
-        rows = [labels.to_csv(), findings.to_csv(), settings.allow_partial]
-        key = common.fingerprint(VERSION, source, size, inputs, rows)
-        state, stamp = target / "prepared.json", {}
-        with contextlib.suppress(UserError):  # nothing is there yet, or it is not whole
-            stamp = load_prepared(source) and common.read_json(state)
-        if stamp.get("key") == key:
-            print(f"{target} is up to date: {len(paths)} films on {size[0]} x {size[1]} px")
-            splits = _split(target, settings)
-            if not splits.equals(_read_table(target / "splits.csv")):
-                common.discard(state)  # as below
-                common.write_csv(splits, target / "splits.csv")
-            stamp["split_seed"] = settings.seed
-            common.write_json(stamp, state)  # newer, too: steps 2 to 5 take the last prepared
-        else:
-            new = target / ".new"
-            common.discard(new)  # of a run that was killed
-            with common.in_words(target):
-                try:
-                    new.mkdir(parents=True)
-                    _build(source, paths, labels, findings, size, settings, new, key)
-                    common.discard(state)  # what follows is not whole until the end
-                    for name in FILES:
-                        os.replace(new / name, target / name)
-                finally:
-                    common.discard(new)
-        prepared = load_prepared(source)  # under the lock, before the next process changes it
-    if source == "phantom":
-        common.banner("SYNTHETIC PHANTOMS: figures from here on say nothing about mammograms.")
-    return prepared
-
-
-def _build(source, paths, labels, findings, size, settings, new, key):
-    """Write all that is prepared into a new folder; names match whatever their case."""
-    images = dict(zip(labels["image"].str.lower(), labels["image"]))
-    extra = [path.stem for path in paths if path.stem.lower() not in images]
-    if extra:
-        common.warn(f"{len(extra)} films have no label and are left out: {common.listing(extra)}")
-    found = [path for path in paths if path.stem.lower() in images]
-    paths = {images[path.stem.lower()]: path for path in found}
-    several = [path.stem for path in found if path not in paths.values()]
-    if several:
-        raise UserError(f"several files for {common.listing(several)}")
-    if not paths:
-        raise UserError(f"none of the labelled films was found; expected {labels['image'][0]}, ...")
-    films, table = prepare_films(paths, labels, size, source, new / "films.npy")
-    usable = check_films(source, table, labels, settings.allow_partial)
-    if not usable.all():  # once more, without the ones that have just been named
-        films = None  # Windows writes to no file that is mapped
-        paths = {image: paths[image] for image in table["image"][usable]}
-        films, table = prepare_films(paths, labels, size, source, new / "films.npy")
-    labels = labels.set_index("image").loc[table["image"]].reset_index()
-    findings = findings[findings["image"].isin(table["image"])].reset_index(drop=True)
-    findings = place_findings(findings, table, films)
-    common.write_csv(table.drop(columns="problem"), new / "films.csv")
-    common.write_csv(labels, new / "labels.csv")
-    common.write_csv(findings, new / "findings.csv")
-    common.write_csv(_split(new, settings), new / "splits.csv")
-    pixels = hashlib.sha256(films).hexdigest()
-    content = common.fingerprint(pixels, labels.to_csv(), findings.round(3).to_csv())
-    state = {
-        "key": key,
-        "source": source,
-        "size": list(size),
-        "films": len(paths),
-        "fingerprint": content,
-        "split_seed": settings.seed,
-    }
-    common.write_json(state, new / "prepared.json")
-
-
-def _split(folder, settings):
-    """Split the patients as labels.csv names them, for their order decides the folds."""
-    return split_patients(_read_table(folder / "labels.csv"), settings.folds, settings.seed)
-
-
-def place_findings(findings, table, films):
-    """Add canvas_x, canvas_y and canvas_radius (px), and empty what is unusable.
-
-    A circle whose centre lies on background is unusable (mdb212 and mdb214 of MIAS).
-
-    Raises
-    ------
-    UserError
-        If a usable circle, as far as it lies on the film, is not all inside the crop.
+    `table` has image and geometry, its index the row in `canvases`. UserError if a usable circle,
+    as far as it lies on the film, is not all inside the crop.
     """
     findings = findings.copy()
-    canvas = np.full((len(findings), 3), np.nan)
-    number = {image: n for n, image in enumerate(table["image"])}
-    for row in findings[findings["radius"].notna()].itertuples():
+    placed = np.full((len(findings), 3), np.nan)
+    number = dict(zip(table["image"], table.index))
+    for place, row in enumerate(findings.itertuples()):
+        if np.isnan(row.radius):
+            continue
         n = number[row.image]
         g = Geometry(*table.loc[n, list(Geometry._fields)])
         x, y = film_to_canvas(row.x, row.y, g)
-        inside = 0 <= x < films.shape[2] and 0 <= y < films.shape[1]
-        if not inside or films[n, int(y), int(x)] <= tissue_threshold(films[n]):
+        inside = 0 <= x < canvases.shape[2] and 0 <= y < canvases.shape[1]
+        if not inside or canvases[n, int(y), int(x)] <= tissue_threshold(canvases[n]):
             common.warn(f"{row.image}: the circle's centre lies off the breast; not used")
             findings.loc[row.Index, ["x", "y", "radius"]] = np.nan
             continue
@@ -970,95 +814,156 @@ def place_findings(findings, table, films):
         crop = np.array([g.crop_left, g.crop_top])
         if (start < crop).any() or (end > crop + [g.crop_width - 1, g.crop_height - 1]).any():
             raise UserError(f"{row.image}: the crop cuts its circle at {row.x}, {row.y}")
-        canvas[row.Index] = x, y, row.radius * g.scale
-    findings[["canvas_x", "canvas_y", "canvas_radius"]] = canvas
+        placed[place] = x, y, row.radius * g.scale
+    findings[["canvas_x", "canvas_y", "canvas_radius"]] = placed
     return findings
 
 
-def load_prepared(source):
-    """Open what was prepared.
+if __name__ == "__main__":
+    used_findings = findings[findings["image"].isin(used_labels["image"])]
+    placed_findings = place_findings(used_findings, usable, canvases).reset_index(drop=True)
+    print(f"{placed_findings['canvas_radius'].notna().sum()} circles can be used")
 
-    Parameters
-    ----------
-    source : str
-        "mias", "phantom" or "own".
 
-    Returns
-    -------
-    prepared : Prepared
-        The films are a read-only memory map: only what is looked at is read.
+# %% What was edited: tables in the cells above, or files by hand
+# Both are fine, and both are noted in prepared.json, settings.json and every title: figures on
+# edited labels are not figures on the database. A file edited by hand is kept under another name.
+FILES = ("films.npy", "films.csv", "labels.csv", "findings.csv", "splits.csv", "prepared.json")
+
+
+def edits(labels, findings, splits, database_labels, database_findings, splits_as_dealt):
+    """Say in what the tables differ from those of the database; "" if in nothing."""
+    changed = labels.merge(database_labels, how="left", indicator=True)["_merge"] != "both"
+    said, used = [], len(splits)
+    if changed.any() or len(labels) != len(database_labels):
+        said.append(f"labels edited, {used} of {len(database_labels)}")
+        said += [f"{changed.sum()} changed"] if changed.any() else []
+    elif used < len(labels):
+        said.append(f"films left out, {used} of {len(labels)}")
+    said += [] if findings.equals(database_findings) else ["findings edited"]
+    return ", ".join(said + ([] if splits.equals(splits_as_dealt) else ["splits edited"]))
+
+
+def edited_by_hand(folder, state):
+    """Return the paths of labels.csv and splits.csv that are not as step 1 left them."""
+    digests = {folder / name: digest for name, digest in state.get("digests", {}).items()}
+    return [p for p, digest in digests.items() if p.is_file() and common.file_digest(p) != digest]
+
+
+# %% Save: all files in a new folder first, then moved into place, prepared.json last
+# A crash at any moment leaves the old data or the new ones, never a mixture. The lock keeps a
+# second process out until what was saved is read back.
+def save(folder, films, tables, state, edited=()):
+    """Write films (an iterable of canvases), tables {name: DataFrame} and the state, or nothing.
+
+    Files that were `edited` by hand are kept under another name.
     """
-    folder = common.data_dir(source)
-    state = common.read_json(folder / "prepared.json")
-    try:
-        films = np.load(folder / "films.npy", mmap_mode="r")
-        names = ("films.csv", "labels.csv", "findings.csv", "splits.csv")
-        table, labels, findings, splits = (_read_table(folder / name) for name in names)
-        if not len(films) == len(table) == len(labels) == len(splits):
-            raise ValueError("films and tables differ in length")
-        stamp = state["fingerprint"], state["split_seed"]
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise UserError(f"{folder} is not whole ({error}); run 01_prepare_data.py again") from None
-    return Prepared(source, folder, films, table, labels, findings, splits, *stamp)
-
-
-def _read_table(path):
-    """Read a CSV of ours; names stay text, even 001 and NA."""
-    text = dict.fromkeys(("image", "patient", "digest"), str)
-    numbers = ("x", "y", "radius", "canvas_x", "canvas_y", "canvas_radius")
-    empty = dict.fromkeys(numbers, [""])
-    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=empty)
+    new = folder / ".new"
+    common.discard(new)  # of a run that was killed
+    with common.in_words(folder):
+        try:
+            new.mkdir(parents=True)
+            with open(new / "films.npy", "wb") as file:
+                shape = (state["films"], *state["size"])
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for film in films:
+                    file.write(film.tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            for name, table in tables.items():
+                common.write_csv(table, new / name)
+            digests = {n: common.file_digest(new / n) for n in ("labels.csv", "splits.csv")}
+            common.write_json({**state, "digests": digests}, new / "prepared.json")
+            for path in edited:
+                names = (f"{path.stem}.edited-{n}.csv" for n in itertools.count(1))
+                kept = next(folder / name for name in names if not (folder / name).exists())
+                shutil.copy2(str(path), str(kept))
+                common.warn(f"{path} was edited by hand; it is kept as {kept.name}, and made anew")
+            common.discard(folder / "prepared.json")  # what follows is not whole until the end
+            for name in FILES:
+                os.replace(new / name, folder / name)
+        finally:
+            common.discard(new)
 
 
 if __name__ == "__main__":
-    prepared = prepare(settings)
-    labels, findings, splits = prepared.labels, prepared.findings, prepared.splits
+    common.check_settings(settings, "01_prepare_data.py")
+    with common.locked(common.data_dir()):
+        if stock_of(folder) != stock:
+            raise UserError(
+                f"the files in {folder} changed meanwhile; run 01_prepare_data.py again"
+            )
+        common.check_tables(used_labels, splits)
+        if not rows_of(labels, usable).equals(used_labels):
+            raise UserError("labels changed: run the cell 'Split patients' and the next ones first")
+        used = usable[usable["image"].isin(used_labels["image"])].drop(columns="problem")
+        tables = {"films.csv": used, "labels.csv": used_labels,
+                  "findings.csv": placed_findings, "splits.csv": splits}  # fmt: skip
+        written = [table.drop(columns="file", errors="ignore") for table in tables.values()]
+        key = common.fingerprint(placed_key, *(t.to_csv(index=False) for t in written))
+        with contextlib.suppress(UserError):
+            before = common.read_json(target / "prepared.json")  # another process may have saved
+        edited = edited_by_hand(target, before)
+        whole = known and not edited and all((target / name).is_file() for name in FILES)
+        if whole and before.get("key") == key:
+            os.utime(target / "prepared.json")  # steps 2 to 5 take what was prepared last
+        else:
+            pixels = hashlib.sha256()
+            for n in used.index:
+                pixels.update(canvases[n])
+            prepared_json = {
+                "key": key, "placed": placed_key, "source": source, "size": size,
+                "films": len(used), "pixels": pixels.hexdigest(), "split_seed": settings.seed,
+                "note": edits(labels, findings, splits, *database, splits_as_dealt),
+            }  # fmt: skip
+            save(target, (canvases[n] for n in used.index), tables, prepared_json, edited)
+        prepared = common.load_prepared(source)  # under the lock, before another changes it
+    print(f"{len(prepared.films)} films in {target}")
+    common.announce(prepared)
 
 
 # %% Look: how many films of each class and tissue, findings of each type, classes in each fold
-def plot_counts(labels, findings, fold_mix):
-    """Draw the films by tissue and class, the findings by type, and the class mix of the folds."""
+# Tissue and class have nothing to do with each other in MIAS; calcifications are as often malignant
+# as benign; and every fold has its share of each class.
+if __name__ == "__main__":
+    classes = prepared.labels["label_name"].value_counts().reindex(CLASS_NAMES).to_frame("films")
+    types = pd.crosstab(prepared.findings["type"], prepared.findings["severity"])
+    fold_mix = pd.crosstab(prepared.splits["fold"], prepared.labels["label_name"])
+    fold_mix = fold_mix.reindex(columns=CLASS_NAMES, fill_value=0)
+    common.table(classes, f"films per class (n = {len(prepared.labels)})")
+    common.table(types, f"findings per type, by severity (n = {len(prepared.findings)})")
+    common.table(fold_mix, "films per class in each fold")
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), layout="constrained")
-    order = {"hue": "label_name", "hue_order": CLASS_NAMES, "palette": common.COLOURS}
-    sns.countplot(data=labels, x="tissue", ax=axes[0], **order)
-    axes[0].set(xlabel="tissue", ylabel="films", title=f"Tissue (n = {len(labels)} films)")
+    sns.countplot(data=prepared.labels, x="tissue", ax=axes[0], hue="label_name",
+                  hue_order=CLASS_NAMES, palette=common.COLOURS)  # fmt: skip
+    axes[0].set(ylabel="films", title=f"Tissue (n = {len(prepared.labels)} films)")
     axes[0].legend(title="", fontsize=8)
-    if len(findings):
-        colours = [common.COLOURS["benign"], common.COLOURS["malignant"]]
-        order = {"hue": "severity", "hue_order": ["B", "M"], "palette": colours}
-        sns.countplot(data=findings, x="type", ax=axes[1], **order)
-    axes[1].set(xlabel="type", ylabel="findings", title=f"Findings (n = {len(findings)})")
+    colours = {"B": common.COLOURS["benign"], "M": common.COLOURS["malignant"]}
+    if len(prepared.findings):
+        sns.countplot(data=prepared.findings, x="type", ax=axes[1], hue="severity",
+                      hue_order=list(colours), palette=colours)  # fmt: skip
+    axes[1].set(ylabel="findings", title=f"Findings (n = {len(prepared.findings)})")
     axes[1].tick_params(axis="x", labelsize=8)
     fold_mix.plot.bar(stacked=True, ax=axes[2], color=list(common.COLOURS.values()), legend=False)
     axes[2].set(ylabel="films", title="Class mix of the folds")
     axes[2].tick_params(axis="x", rotation=0)
-    return figure
-
-
-if __name__ == "__main__":
-    classes = labels["label_name"].value_counts().reindex(CLASS_NAMES).to_frame("films")
-    types = pd.crosstab(findings["type"], findings["severity"])
-    fold_mix = pd.crosstab(splits["fold"], labels["label_name"])
-    fold_mix = fold_mix.reindex(columns=CLASS_NAMES, fill_value=0)
-    common.table(classes, f"films per class (n = {len(labels)})")
-    common.table(types, f"findings per type, benign and malignant (n = {len(findings)})")
-    common.table(fold_mix, "films per class in each fold")
-    figure = plot_counts(labels, findings, fold_mix)
     common.show(figure, prepared.folder / "figures" / "counts.png")
 
 
 # %% Look: films of each class on the canvas, with the radiologists' circles
-def plot_films(prepared):
-    """Draw seven films of each class, chosen at random, with their circles."""
-    labels, findings = prepared.labels, prepared.findings.dropna(subset=["canvas_radius"])
+# What the network will see, with the circles on it: a circle beside its lesion would mean that y
+# was read upside down.
+if __name__ == "__main__":
+    circles = prepared.findings.dropna(subset=["canvas_radius"])
     figure, axes = plt.subplots(3, 7, figsize=(9, 7.4), layout="constrained")
-    for label, line in zip((NORMAL, BENIGN, MALIGNANT), axes):
-        chosen = labels[labels["label"] == label].sample(frac=1, random_state=0).index
+    for label, line in zip(SEVERITY, axes):
+        of_class = prepared.labels[prepared.labels["label"] == label]
         line[0].set_ylabel(CLASS_NAMES[label])
-        for axis, n in zip(line, chosen):
+        for axis, n in zip(line, of_class.sample(frac=1, random_state=0).index):
             axis.imshow(prepared.films[n], cmap="gray", vmin=0, vmax=255)
-            axis.set_title(labels["image"][n], fontsize=8)
-            for c in findings[findings["image"] == labels["image"][n]].itertuples():
+            axis.set_title(prepared.labels["image"][n], fontsize=8)
+            for c in circles[circles["image"] == prepared.labels["image"][n]].itertuples():
                 colour = common.COLOURS["malignant" if c.severity == "M" else "benign"]
                 centre = (c.canvas_x, c.canvas_y)
                 axis.add_patch(plt.Circle(centre, c.canvas_radius, fill=False, color=colour))
@@ -1067,9 +972,5 @@ def plot_films(prepared):
     figure.suptitle(
         f"{prepared.source}: films on the canvas; circles blue benign, orange malignant"
     )
-    return figure
-
-
-if __name__ == "__main__":
-    common.show(plot_films(prepared), prepared.folder / "figures" / "films.png")
-    print(f"\nprepared {len(labels)} films in {prepared.folder}. Next: python 04_train.py")
+    common.show(figure, prepared.folder / "figures" / "films.png")
+    print(f"\nprepared {len(prepared.labels)} films in {prepared.folder}. Next: python 04_train.py")

@@ -14,7 +14,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
 
 sys.path.insert(0, str(Path(globals().get("__file__", "cell")).resolve().parent))
 
@@ -23,9 +22,9 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
-from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.utils.class_weight import compute_sample_weight
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, Dataset, SequentialSampler, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 import common
 from common import CLASS_NAMES, MALIGNANT, NORMAL, UserError
@@ -35,141 +34,95 @@ prepare = importlib.import_module("01_prepare_data")
 
 # %% Settings: change a value and run the cells below again; each name is a command-line flag
 @dataclass
-class Settings:
-    """Which films, and how many at a time."""
+class Settings(common.BatchSettings):
+    """Which films, and how they are varied."""
 
-    source: Literal["auto", "mias", "phantom", "own"] = "auto"  # auto: prepared last
-    fold: int = 0  # the fold that is the test set
-    batch_size: int = 8  # films in a batch
-    augment: float = 1.0  # multiplies the strengths below; 0 switches augmentation off
-    seed: int = 0  # of the order of films and of the augmentation
+    script = "02_dataset.py"
+    source: str = "auto"  # mias, phantom, own; auto: what was prepared last
+    fold: str = "0"  # the fold that is the test set; in step 4 also several (0,2) or all
+    validation: float = 0.2  # share of the other patients that choose epoch and threshold, about
+    augment: float = 1.0  # multiplies the strengths of the augmentation; 0 switches it off
 
-
-# The largest change either way. The rarer classes, drawn again and again by the sampler, are
-# varied more. Not much more: a network could learn to tell strong augmentation from weak.
-STRENGTHS = pd.DataFrame(
-    {
-        "rotation": [15.0, 10.0, 15.0],  # degrees
-        "scale": [0.15, 0.10, 0.15],  # share of the size
-        "shift": [0.03, 0.02, 0.03],  # share of the canvas side
-        "mirror": [0.5, 0.5, 0.5],  # probability of turning the film upside down
-        "gamma": [0.30, 0.20, 0.30],  # exponent between exp(-0.3) and exp(0.3)
-        "contrast": [0.25, 0.15, 0.25],  # share of the grey values' spread
-    },
-    index=CLASS_NAMES,
-)
 
 if __name__ == "__main__":
     settings = common.command_line(Settings, __doc__)
-    common.table(STRENGTHS, "largest change of the augmentation, per class")
 
 
-# %% Open what step 1 prepared, and the parts of a fold
-def prepared_source(source="auto"):
-    """Open what was prepared last, or prepare it now with the default settings.
+# %% The parts of a fold: training, validation and test patients
+# The fold itself is the test set, looked at once. Of the other patients a stratified share is kept
+# for validation: it chooses the epoch, the temperature and the threshold.
+def named_folds(text, splits):
+    """Return the folds that a setting such as "0", "0,2" or "all" names, a list of int."""
+    total = splits["fold"].nunique()
+    names = [str(name).strip() for name in (range(total) if text == "all" else text.split(","))]
+    if not all(name.isdecimal() and int(name) < total for name in names):
+        raise UserError(f"--fold {text}: expected 0 to {total - 1}, or all")
+    return [int(name) for name in names]
 
-    Parameters
-    ----------
-    source : str
-        "mias", "phantom", "own", or "auto" for the one prepared last.
 
-    Returns
-    -------
-    prepared : Prepared
-        From step 1.
+def fold_parts(prepared, fold, validation=0.2):
+    """Return row numbers, {"train", "validation", "test": ndarray of int}, of one fold."""
+    if not 0 < validation <= 0.5:
+        raise UserError(f"--validation {validation}: expected a share above 0, 0.5 at most")
+    tested = (prepared.splits["fold"] == fold).to_numpy()
+    rest = prepared.labels[~tested]
+    kept = prepare.deal_patients(rest, round(1 / validation), seed=fold, fewest=1) == 0
+    rows = {"train": rest.index[~kept], "validation": rest.index[kept]}
+    rows["test"] = prepared.labels.index[tested]
+    patients = [set(prepared.labels["patient"][part]) for part in rows.values()]
+    assert len(set.union(*patients)) == sum(map(len, patients)), "a patient is in two parts"
+    return {name: part.to_numpy() for name, part in rows.items()}
+
+
+def shuffled_labels(labels, seed):
+    """Permute labels between patients with the same number of films; returns int (n_films,).
+
+    The leak test: a sound evaluation of a model trained on these falls to chance.
     """
-    sources = ("mias", "phantom", "own") if source == "auto" else (source,)
-    states = [common.data_dir(name) / "prepared.json" for name in sources]
-    states = [state for state in states if state.is_file()]
-    if not states:
-        print("nothing is prepared yet; running step 1 with its default settings")
-        return prepare.prepare(prepare.Settings(source=source))
-    newest = max(states, key=lambda state: state.stat().st_mtime)
-    if newest.parent.name == "phantom":
-        common.banner("SYNTHETIC PHANTOMS: figures from here on say nothing about mammograms.")
-    return prepare.load_prepared(newest.parent.name)
+    rng = np.random.default_rng(seed)
+    mixed = labels["label"].to_numpy().copy()
+    groups = labels.groupby("patient").indices
+    sizes = pd.Series({patient: len(rows) for patient, rows in groups.items()})
+    for _, same_size in sizes.groupby(sizes):
+        rows = np.array([groups[patient] for patient in same_size.index])  # (patients, films)
+        mixed[rows] = labels["label"].to_numpy()[rows[rng.permutation(len(rows))]]
+    return mixed
 
 
-def fold_parts(splits, labels, fold):
-    """Return the films of one fold's training, validation and test set.
-
-    Test is the fold itself. Validation is a stratified fifth of the other patients: it chooses
-    the epoch, the temperature and the threshold, so that test is looked at once.
-
-    Parameters
-    ----------
-    splits, labels : DataFrame
-        As prepared, in the same order.
-    fold : int
-        The fold that is the test set.
-
-    Returns
-    -------
-    parts : dict of str to ndarray of int
-        Row numbers for "train", "validation" and "test".
-    """
-    if fold not in set(splits["fold"]):
-        raise UserError(f"there is no fold {fold}; the folds are 0 to {splits['fold'].max()}")
-    rest = np.flatnonzero(splits["fold"] != fold)
-    worse, patients = prepare.worse_label(labels).iloc[rest], splits["patient"].iloc[rest]
-    counts = worse.groupby(patients).first().value_counts()
-    if len(counts) < 2 or counts.max() < 5:
-        raise UserError(
-            "validation needs at least 5 patients of some class beside the test fold; found "
-            f"{counts.max()}. Add films, or choose more --folds in step 1"
-        )
-    dealer = StratifiedGroupKFold(n_splits=5, shuffle=True, random_state=fold)
-    train, validation = next(dealer.split(rest, worse, patients))
-    test = np.flatnonzero(splits["fold"] == fold)
-    parts = {"train": rest[train], "validation": rest[validation], "test": test}
-    seen = [set(splits["patient"].iloc[rows]) for rows in parts.values()]
-    assert sum(map(len, seen)) == len(set.union(*seen)) == splits["patient"].nunique(), (
-        "a patient is in two parts of the split"
-    )
-    return parts
-
-
-if __name__ == "__main__":
-    prepared = prepared_source(settings.source)
-    labels = prepared.labels
-    parts = fold_parts(prepared.splits, labels, settings.fold)
-    parts_mix = {
-        part: labels["label_name"].iloc[rows].value_counts() for part, rows in parts.items()
-    }
-    parts_mix = pd.DataFrame(parts_mix).reindex(CLASS_NAMES)
-    common.table(parts_mix, f"films per class of fold {settings.fold}")
-
-
-# %% The Dataset: a film, its label and its row number, read from the memory map
+# %% The Dataset: films from the memory map, and the radiologists' circles as maps
+# An item is a film, its label and its row; the film's number is in no item and no map, since file
+# order leaks the class (AUC 0.69 on MIAS from the number alone).
 class MammogramDataset(Dataset):
-    """Films of one part of a split, with the radiologists' circles as a map beside them.
+    """Films of one part of a split: item n is (film, label, row).
 
     Parameters
     ----------
     prepared : Prepared
-        From step 1.
+        What step 1 left.
     rows : sequence of int, optional
         Row numbers of the films; all of them by default.
     labels : ndarray of int, optional
         One label for each row of `prepared`, in place of the true ones (leak test).
-
-    Notes
-    -----
-    Item n is ``(film, label, row)``: uint8 tensor of shape (1, height, width), int, int. The film
-    number is in no item and no map: file order leaks the class (AUC 0.69 on MIAS).
     """
 
     CELL = 8  # canvas px for one px of the lesion map
 
     def __init__(self, prepared, rows=None, labels=None):
-        self.prepared = prepared
-        self.films = prepared.films
-        self.rows = np.arange(len(self.films)) if rows is None else np.asarray(rows)
-        self.labels = prepared.labels["label"].to_numpy() if labels is None else labels
-        self.labels = torch.as_tensor(self.labels.copy())
-        self.circles = prepared.findings.dropna(subset=["canvas_radius"]).groupby("image")
-        unplaced = prepared.findings["canvas_radius"].isna()
-        self.unplaced = set(prepared.findings.loc[unplaced, "image"])
+        self.prepared, self.films = prepared, prepared.films
+        self.images = prepared.labels["image"].to_numpy()
+        self.rows = np.arange(len(self.films)) if rows is None else np.array(rows)
+        true = prepared.labels["label"].to_numpy()
+        self.all_labels = torch.tensor(true if labels is None else labels)
+        self.labels = self.all_labels[self.rows]
+        self.circles = {}
+        for circle in prepared.findings.dropna(subset=["canvas_radius"]).itertuples():
+            self.circles.setdefault(circle.image, []).append(circle)
+        unplaced = set(prepared.findings["image"][prepared.findings["canvas_radius"].isna()])
+        # an abnormal film without a usable circle must not teach that it is normal everywhere
+        self.known = np.array(
+            [image not in unplaced and (label == NORMAL or image in self.circles)
+             for image, label in zip(self.images, true)]
+        )  # fmt: skip
 
     @classmethod
     def of_canvases(cls, canvases):
@@ -178,28 +131,27 @@ class MammogramDataset(Dataset):
         none = pd.DataFrame({"image": [], "canvas_radius": []})
         return cls(SimpleNamespace(films=canvases, labels=labels, findings=none))
 
+    def table(self):
+        """Return the rows of labels.csv of these films."""
+        return self.prepared.labels.iloc[self.rows]
+
     def __len__(self):
         """Return the number of films."""
         return len(self.rows)
 
     def __getitem__(self, n):
-        """Return film n of this part, its label and its row number in `prepared`."""
-        row = int(self.rows[n])
-        return torch.from_numpy(self.films[row][None].copy()), int(self.labels[row]), row
+        """Return film n, uint8 (1, height, width), its label and its row in `prepared`."""
+        films, labels, rows = self.__getitems__([n])
+        return films[0], int(labels[0]), int(rows[0])
 
     def __getitems__(self, numbers):
         """Return a whole batch at once: films (B, 1, H, W) uint8, labels (B,), rows (B,)."""
         rows = self.rows[np.asarray(numbers)]
         films = torch.from_numpy(self.films[rows][:, None])
-        return films, self.labels[rows], torch.from_numpy(rows)
+        return films, self.all_labels[rows], torch.from_numpy(rows)
 
     def lesion_maps(self, rows):
-        """Draw the circles of films as maps.
-
-        Parameters
-        ----------
-        rows : sequence of int
-            Row numbers in `prepared`.
+        """Draw the circles of films, given by their row numbers.
 
         Returns
         -------
@@ -207,45 +159,40 @@ class MammogramDataset(Dataset):
             1 inside a benign (channel 0) or a malignant circle (channel 1), else 0. A circle
             counts at least the pixel that its centre lies in.
         known : bool tensor, shape (B,)
-            Whether the maps are the whole truth: false for an abnormal film without a usable
-            circle, which must not teach that it is normal everywhere.
+            Whether the maps are the whole truth.
         """
         height, width = (math.ceil(side / self.CELL) for side in self.films.shape[1:])
         ys, xs = np.mgrid[:height, :width] * self.CELL + (self.CELL - 1) / 2
         maps = np.zeros((len(rows), 2, height, width), np.float32)
-        known = np.ones(len(rows), bool)
-        for n, row in enumerate(np.asarray(rows)):
-            image = self.prepared.labels["image"].iat[row]
-            if image in self.circles.groups:
-                for circle in self.circles.get_group(image).itertuples():
-                    distance = np.hypot(xs - circle.canvas_x, ys - circle.canvas_y)
-                    inside = distance <= max(circle.canvas_radius, distance.min())
-                    maps[n, int(circle.severity == "M")][inside] = 1
-            else:
-                known[n] = self.prepared.labels["label"].iat[row] == NORMAL
-            known[n] &= image not in self.unplaced
-        return torch.from_numpy(maps), torch.from_numpy(known)
+        for n, image in enumerate(self.images[np.asarray(rows)]):
+            for circle in self.circles.get(image, []):
+                distance = np.hypot(xs - circle.canvas_x, ys - circle.canvas_y)
+                inside = distance <= max(circle.canvas_radius, distance.min())
+                maps[n, int(circle.severity == "M")][inside] = 1
+        return torch.from_numpy(maps), torch.from_numpy(self.known[np.asarray(rows)])
 
 
 if __name__ == "__main__":
+    common.check_settings(settings, "02_dataset.py")
+    prepared = common.open_prepared(settings.source)
+    look_fold = named_folds(settings.fold, prepared.splits)[0]
+    parts = fold_parts(prepared, look_fold, settings.validation)
+    names = prepared.labels["label_name"]
+    parts_mix = pd.DataFrame({part: names[rows].value_counts() for part, rows in parts.items()})
+    common.table(parts_mix.reindex(CLASS_NAMES), f"films per class of fold {look_fold}")
     dataset = MammogramDataset(prepared, parts["train"])
     film, label, row = dataset[0]
     print(f"film 0: {tuple(film.shape)} {film.dtype}, {CLASS_NAMES[label]}, row {row}")
 
 
 # %% What films are like: by this a film of yours is judged to be like the training films, or not
+# Three numbers a film: how much of the canvas is breast, how bright, how varied. Step 4 notes their
+# range, and step 5 warns of a film of yours that lies outside of it.
 def film_statistics(films, most=2000):
-    """Measure films.
+    """Measure films on the canvas, uint8 (n, height, width); of many, `most` evenly spread ones.
 
-    Parameters
-    ----------
-    films : ndarray of uint8, shape (n, height, width)
-        On the canvas; of more than `most`, evenly spread ones are taken.
-
-    Returns
-    -------
-    statistics : DataFrame
-        A row a film: breast (share of the canvas, 0 to 1), mean and sd of its grey values (0 to 1).
+    Returns a DataFrame, a row a film: breast (share of the canvas, 0 to 1), mean and sd of its
+    grey values (0 to 1).
     """
     rows = []
     for n in np.unique(np.linspace(0, len(films) - 1, most).astype(int)):
@@ -255,149 +202,167 @@ def film_statistics(films, most=2000):
 
 
 if __name__ == "__main__":
-    statistics = film_statistics(prepared.films)
+    statistics = film_statistics(dataset.films)
     common.table(statistics.describe().round(3), f"the films in numbers (n = {len(statistics)})")
 
 
 # %% Batches: whole batches come from memory, so that no worker processes are needed
-def class_weights(labels):
-    """Return a weight per class, float32 (3,), inverse to its number of films, mean film 1."""
-    counts = np.bincount(labels, minlength=3)
-    weights = len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))
-    return torch.tensor(weights, dtype=torch.float32)
-
-
+# The sampler draws every class equally often. Either this or class weights in the loss, not both:
+# together they would count the rare classes twice.
 def balanced_sampler(labels, generator):
-    """Return a WeightedRandomSampler that draws every class equally often.
-
-    Either this or class weights in the loss, not both: each alone makes the classes count alike;
-    together they would count the rare classes twice.
-
-    Parameters
-    ----------
-    labels : tensor of int, shape (n_films,)
-        Labels of the training films.
-    generator : torch.Generator
-        Random state, on the CPU.
-    """
-    weights = class_weights(labels)[labels]
+    """Return a sampler that draws `len(labels)` films, every class equally often."""
+    weights = compute_sample_weight("balanced", np.asarray(labels))
     return WeightedRandomSampler(weights.tolist(), len(labels), generator=generator)
 
 
-def batches(dataset, batch_size, sampler=None, rank=0, size=1):
-    """Yield ``(films, labels, rows)`` of an epoch; in order if there is no sampler.
+def class_weights(labels):
+    """Return a weight per class, float32 (3,), inverse to its number of films, mean film 1."""
+    counts = torch.bincount(labels, minlength=3)
+    return len(labels) / (torch.count_nonzero(counts) * counts.clamp(min=1))
 
-    Of `size` processes that train together, each takes every size-th film of a larger batch; the
-    last, smaller batch is left out there, since all must take part in every step.
-    """
-    order = SequentialSampler(dataset) if sampler is None else sampler
-    for numbers in BatchSampler(order, batch_size * size, drop_last=size > 1):
-        yield dataset.__getitems__(numbers[rank::size])
+
+def batches(dataset, batch_size, sampler=None):
+    """Return a DataLoader of (films, labels, rows); in order if there is no sampler."""
+    return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=lambda batch: batch)
 
 
 if __name__ == "__main__":
+    common.check_settings(settings, "02_dataset.py")
     generator = torch.Generator().manual_seed(settings.seed)
-    sampler = balanced_sampler(dataset.labels[dataset.rows], generator)
-    films, batch_labels, rows = next(batches(dataset, settings.batch_size, sampler))
-    figure, axes = plt.subplots(1, len(films), figsize=(10, 3), layout="constrained", squeeze=False)
-    for axis, film, label in zip(axes.flat, films, batch_labels):
-        axis.imshow(film[0], cmap="gray", vmin=0, vmax=255)
+    sampler = balanced_sampler(dataset.labels, generator)
+    first_batch = next(iter(batches(dataset, settings.batch_size, sampler)))
+    batch_films, batch_labels, batch_rows = first_batch
+    figure, axes = plt.subplots(1, len(batch_films), figsize=(10, 3), layout="constrained",
+                                squeeze=False)  # fmt: skip
+    for axis, film, label in zip(axes.flat, batch_films, batch_labels):
+        axis.imshow(film[0].numpy(), cmap="gray", vmin=0, vmax=255)
         axis.set_title(CLASS_NAMES[label], fontsize=9)
         axis.axis("off")
-    figure.suptitle(f"A training batch drawn by the sampler: {tuple(films.shape)}, {films.dtype}")
-    common.show(figure, prepared.folder / "figures" / "batch.png")
+    figure.suptitle(f"A training batch drawn by the sampler: {tuple(batch_films.shape)}, uint8")
+    common.show(figure, dataset.prepared.folder / "figures" / "batch.png")
 
 
-# %% Augmentation: one affine map and one change of the grey values a film, for the whole batch
+# %% Kinds of augmentation: one function each, first the moves
+# A kind gets films (B, 1, H, W), 0 to 1, the largest change for each (B,), and the generator. A
+# move returns the way back from the varied canvas (x and y from -1 to 1) to the original's, as
+# matrices (B, 3, 3).
+def between(limit, generator):
+    """Draw a number from -limit to limit for each of the limits (B,)."""
+    return limit * (2 * torch.rand(len(limit), generator=generator) - 1)
+
+
+def matrices(xx=1.0, xy=0.0, yx=0.0, yy=1.0, x=0.0, y=0.0):
+    """Return (B, 3, 3) of the entries, each a number or (B,)."""
+    entries = [xx, xy, x, yx, yy, y, 0.0, 0.0, 1.0]
+    return torch.stack(torch.broadcast_tensors(*map(torch.as_tensor, entries)), -1).view(-1, 3, 3)
+
+
+def mirror(films, probability, generator):
+    """Turn some films upside down; the chest wall stays on the left."""
+    chosen = torch.rand(len(films), generator=generator) < probability.clamp(max=0.5)
+    return matrices(yy=torch.where(chosen, -1.0, 1.0))
+
+
+def scale(films, share, generator):
+    """Enlarge or shrink by up to exp(share)."""
+    factor = torch.exp(between(share, generator))
+    return matrices(xx=factor, yy=factor)
+
+
+def rotation(films, degrees, generator):
+    """Turn without shear: the coordinates of a canvas that is no square have two units."""
+    angle, aspect = torch.deg2rad(between(degrees, generator)), films.shape[2] / films.shape[3]
+    sin, cos = torch.sin(angle), torch.cos(angle)
+    return matrices(xx=cos, xy=-sin * aspect, yx=sin / aspect, yy=cos)
+
+
+def shift(films, share, generator):
+    """Shift by a share of the canvas, which is 2 wide here."""
+    return matrices(x=2 * between(share, generator), y=2 * between(share, generator))
+
+
+# %% Kinds of augmentation: the grey values
+# Films are exposed and scanned differently. A change of grey values returns films; black, which is
+# no tissue, stays black.
+def gamma(films, strength, generator):
+    """Raise grey values to a power between exp(-strength) and exp(strength)."""
+    return films ** torch.exp(between(strength, generator)).to(films.device)[:, None, None, None]
+
+
+def contrast(films, strength, generator):
+    """Multiply grey values by up to exp(strength)."""
+    return films * torch.exp(between(strength, generator)).to(films.device)[:, None, None, None]
+
+
+# %% Augmentation: how strong each kind is, for benign, normal and malignant films
+# The rarer classes, drawn again and again by the sampler, are varied more; not much more, or a
+# network could tell them by it. A new kind is one function above and one line here.
+AUGMENTATION = {
+    gamma: (0.30, 0.20, 0.30),  # exponent between exp(-0.3) and exp(0.3)
+    contrast: (0.25, 0.15, 0.25),  # share of the grey values' spread
+    mirror: (0.5, 0.5, 0.5),  # probability
+    scale: (0.15, 0.10, 0.15),  # share of the size
+    rotation: (15.0, 10.0, 15.0),  # degrees
+    shift: (0.03, 0.02, 0.03),  # share of the canvas side
+}
+
+
 def augment(films, labels, generator, strength=1.0, maps=None):
-    """Vary films in ways that keep their class, more for the rarer classes.
+    """Vary films (B, 1, H, W), float32, 0 to 1; maps over the same canvas go where they go.
 
-    Parameters
-    ----------
-    films : float32 tensor, shape (B, 1, height, width)
-        Grey values, 0 (black) to 1, on any device.
-    labels : int tensor, shape (B,)
-        They choose the row of `STRENGTHS`.
-    generator : torch.Generator
-        Random state on the CPU, so that a run can be resumed and repeated on any device.
-    strength : float
-        Multiplies the strengths; 0 changes nothing.
-    maps : float32 tensor, shape (B, C, h, w), optional
-        Masks or heat maps over the same canvas, at any resolution; they go where the film goes.
-
-    Returns
-    -------
-    films : float32 tensor
-        As before, 0 to 1.
-    maps : float32 tensor or None
-        As before.
+    `labels` (B,) choose the strengths, `strength` multiplies them, `generator` lies on the CPU so
+    that a run repeats on any device. Returns films and maps (or None).
     """
     if strength == 0:
         return films, maps
-    count, height, width = len(films), *films.shape[2:]
-    limits = torch.tensor(STRENGTHS.to_numpy(), dtype=torch.float32)[labels.cpu()] * strength
-    limits[:, 3] = torch.tensor(STRENGTHS["mirror"].to_numpy(), dtype=torch.float32)[labels.cpu()]
-    draw = torch.rand(count, 7, generator=generator) * 2 - 1
-    angle = draw[:, 0] * limits[:, 0] * math.pi / 180
-    scale = torch.exp(-draw[:, 1] * limits[:, 1])
-    flip = torch.where(draw[:, 2].abs() < limits[:, 3], -1.0, 1.0)
-    aspect = height / width
-    theta = torch.zeros(count, 2, 3)  # from canvas coordinates -1..1 back to the original's
-    theta[:, 0, 0] = scale * torch.cos(angle)
-    theta[:, 0, 1] = -scale * torch.sin(angle) * aspect * flip
-    theta[:, 1, 0] = scale * torch.sin(angle) / aspect
-    theta[:, 1, 1] = scale * torch.cos(angle) * flip
-    theta[:, :, 2] = 2 * draw[:, 3:5] * limits[:, 2:3]  # the canvas is 2 wide
-    theta = theta.to(films.device)
+    theta = torch.eye(3).repeat(len(films), 1, 1)
+    for kind, limits in AUGMENTATION.items():
+        made = kind(films, strength * torch.tensor(limits)[labels.cpu()], generator)
+        if made.shape == theta.shape:
+            theta = made @ theta
+        else:
+            films = made.clamp(0, 1)
 
     def move(images):
-        grid = F.affine_grid(theta, images.shape, align_corners=False)
+        grid = F.affine_grid(theta[:, :2].to(films.device), images.shape, align_corners=False)
         return F.grid_sample(images, grid, align_corners=False)
 
-    films = move(films)
-    grey = torch.exp(draw[:, 5:7] * limits[:, 4:6]).to(films.device)[:, :, None, None, None]
-    # black stays black: both changes leave 0 where it is
-    films = (films.clamp(0, 1) ** grey[:, 0] * grey[:, 1]).clamp(0, 1)
-    return films, None if maps is None else move(maps)
+    return move(films), None if maps is None else move(maps)
 
 
-def plot_augmentation(dataset, row, generator, strength):
-    """Draw a film and eight variations of it as if it were malignant, its circles carried along."""
-    films = torch.from_numpy(dataset.films[[row] * 8][:, None]) / 255
-    maps, _ = dataset.lesion_maps([row] * 8)
-    varied, moved = augment(films, torch.full((8,), MALIGNANT), generator, strength, maps)
+if __name__ == "__main__":
+    common.check_settings(settings, "02_dataset.py")
+    look_row = int(np.flatnonzero(dataset.all_labels != NORMAL)[0])
+    eight = torch.from_numpy(dataset.films[[look_row] * 8][:, None]) / 255
+    circles, _ = dataset.lesion_maps([look_row] * 8)
+    as_malignant = torch.full((8,), MALIGNANT)
+    varied, carried = augment(eight, as_malignant, generator, settings.augment, circles)
     figure, axes = plt.subplots(1, 9, figsize=(10, 2.6), layout="constrained")
-    shown = [(films[0], maps[0]), *zip(varied, moved)]
+    shown = [(eight[0], circles[0]), *zip(varied, carried)]
     for n, (axis, (film, lesion)) in enumerate(zip(axes, shown)):
         extent = (-0.5, film.shape[2] - 0.5, film.shape[1] - 0.5, -0.5)
-        axis.imshow(film[0], cmap="gray", vmin=0, vmax=1, extent=extent)
+        axis.imshow(film[0].numpy(), cmap="gray", vmin=0, vmax=1, extent=extent)
         if lesion.max() > 0.5:
             axis.contour(lesion.amax(0), [0.5], colors="#E69F00", extent=extent, origin="upper")
         axis.set_title("original" if n == 0 else str(n), fontsize=9)
         axis.axis("off")
-    figure.suptitle(f"Film {row} under eight augmentations, its circles carried along")
-    return figure
-
-
-if __name__ == "__main__":
-    row = int(np.flatnonzero(labels["label"] != NORMAL)[0])
-    figure = plot_augmentation(dataset, row, generator, settings.augment)
-    common.show(figure, prepared.folder / "figures" / "augmentation.png")
+    figure.suptitle(f"Film {look_row} under eight augmentations, its circles carried along")
+    common.show(figure, dataset.prepared.folder / "figures" / "augmentation.png")
 
 
 # %% The sampler's effect: classes drawn in one epoch, with and without it
+# Drawn by chance, two of three films of an epoch are normal; by the sampler, each class is a third.
+# The price: each malignant film is seen twice an epoch.
 if __name__ == "__main__":
-    drawn = dataset.labels[dataset.rows][list(sampler)].numpy()
-    epoch = pd.DataFrame(
-        {
-            "without": np.bincount(dataset.labels[dataset.rows], minlength=3),
-            "with the sampler": np.bincount(drawn, minlength=3),
-        },
-        index=CLASS_NAMES,
-    )
-    common.table(epoch, "films of an epoch")
+    drawn_labels = dataset.labels[list(sampler)]
+    epoch_mix = pd.DataFrame(
+        {"without": np.bincount(dataset.labels, minlength=3),
+         "with the sampler": np.bincount(drawn_labels, minlength=3)}, index=CLASS_NAMES,
+    )  # fmt: skip
+    common.table(epoch_mix, "films of an epoch")
+    tidy = epoch_mix.rename_axis("class").reset_index().melt("class", value_name="films")
     figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
-    tidy = epoch.rename_axis("class").reset_index().melt("class", var_name="", value_name="films")
-    sns.barplot(data=tidy, x="class", y="films", hue="", palette=["#999999", "#009E73"], ax=axis)
-    axis.set(xlabel="", title=f"Films of an epoch, fold {settings.fold} (n = {len(dataset)})")
-    common.show(figure, prepared.folder / "figures" / "sampler.png")
+    sns.barplot(data=tidy, x="class", y="films", hue="variable", palette=["#999999", "#009E73"])
+    axis.set(xlabel="", title=f"Films of an epoch, fold {look_fold} (n = {len(dataset)})")
+    axis.legend(title="")
+    common.show(figure, dataset.prepared.folder / "figures" / "sampler.png")

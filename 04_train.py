@@ -12,9 +12,8 @@ Out: runs/<run>/settings.json, history.csv, figures/, fold-K/best.pt and fold-K/
 
 # %% Imports: this script finds its own folder first, whatever the working directory is
 import contextlib
+import copy
 import importlib
-import re
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -37,31 +36,18 @@ from common import CLASS_NAMES, MALIGNANT, UserError
 
 data = importlib.import_module("02_dataset")
 network = importlib.import_module("03_model")
-prepare = data.prepare
 
 
 # %% Settings: change a value and run the cells below again; each name is a command-line flag
 @dataclass
-class Settings:
-    """One training run."""
+class Settings(data.Settings, network.Settings, common.RunSettings):
+    """One training run: what steps 2 and 3 have, and how it is trained."""
 
-    # input and output
-    source: Literal["auto", "mias", "phantom", "own"] = "auto"  # auto: what was prepared last
-    fold: str = "0"  # the fold that is the test set: 0, 1, ... or all
-    run: str = ""  # name under runs/; empty: source, recipe and the next free number
+    script = "04_train.py"
     resume: bool = False  # go on with this run, or with the newest one
     overwrite: bool = False  # delete a run of this name first
-    # model
-    recipe: Literal["lesion", "plain"] = "lesion"  # plain: labels alone; lesion: circles too
-    weights: str = "auto"  # auto (ImageNet if it can be had), imagenet, none, or a state dict FILE
-    freeze: int = -1  # stages kept as pretrained, 0 to 5; -1: 3 with weights, else 0
-    dropout: float = 0.2  # share of the 512 features left out in training
-    # data
-    batch_size: int = 8  # films in a batch
     balance: Literal["sampler", "loss", "none"] = "sampler"  # how rare classes count: never both
-    augment: float = 1.0  # multiplies the augmentation strengths of step 2; 0: none
     shuffle_labels: bool = False  # leak test: labels permuted between patients; expect chance
-    # optimisation
     epochs: int = 0  # passes over the training films, at most; 0: 10 with weights, else 20
     lr: float = 1e-3  # rate of the new head, Adam
     backbone_lr: float = 1e-4  # rate of the pretrained stages; a random start takes `lr` for both
@@ -72,27 +58,126 @@ class Settings:
     lr_patience: int = 0  # epochs without a better loss that halve the rates; 0: a third of all
     patience: int = 0  # epochs without a better loss that end the training; 0: half of all
     max_norm: float = 5.0  # gradients longer than this are shortened to it
-    # machine
-    seed: int = 0  # of weights, order, augmentation and dropout
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the hardware has it
-    profile: bool = False  # show at the end where the time went
 
 
 if __name__ == "__main__":
     settings = common.command_line(Settings, __doc__)
 
 
+# %% What is trained by: the settings or, on resuming, what the run began with
+# A run goes on with the same films, labels and folds only. Settings of 0 are filled in by the kind
+# of start: with pretrained weights a network learns in fewer epochs, and gently below its head.
+FREE = ("fold", "run", "resume", "overwrite", "epochs", "patience", "device", "precision")
+
+
+def resumed(settings, prepared):
+    """Return the settings of the run that is gone on with, and its folder."""
+    folder = common.find_run(settings.run)
+    record = common.read_record(folder)
+    changed = [
+        f"{name} {record['data'].get(name)} -> {value}"
+        for name, value in prepared.identity().items()
+        if record["data"].get(name) != value
+    ]
+    for field in fields(settings):
+        mine, old = getattr(settings, field.name), record.get(field.name, field.default)
+        if field.name not in FREE and mine not in (old, field.default):
+            changed.append(f"{field.name} {old} -> {mine}")
+        elif mine == field.default and field.name not in ("resume", "overwrite"):
+            settings = replace(settings, **{field.name: old})
+    if changed:
+        raise UserError(
+            f"the run {folder.name} cannot be resumed with other settings or data: "
+            f"{'; '.join(changed)}. Start a new run, or put them back"
+        )
+    return settings, folder
+
+
+def make_plan(settings, prepared, weights=(None, "")):
+    """Return the settings with all values filled in, and the folder of an old run or None."""
+    if settings.epochs < 0 or settings.batch_size < 1 or settings.lr <= 0:
+        raise UserError("batch size must be at least 1, epochs not negative, the rate above 0")
+    settings, folder = resumed(settings, prepared) if settings.resume else (settings, None)
+    random_start = weights[0] is None
+    epochs = settings.epochs or (20 if random_start else 10)
+    plan = replace(
+        settings,
+        epochs=epochs,
+        lr_patience=settings.lr_patience or max(epochs // 3, 1),
+        patience=settings.patience or max(epochs // 2, 1),
+        backbone_lr=settings.lr if random_start else settings.backbone_lr,
+    )
+    return plan, folder
+
+
+# %% The films of the first fold
+# The test films are never touched here. Under torchrun several folds are dealt out to the
+# processes; a single one is trained by all of them together.
+def fold_films(prepared, fold, plan):
+    """Return the training and the validation films of a fold."""
+    parts = data.fold_parts(prepared, fold, plan.validation)
+    labels = data.shuffled_labels(prepared.labels, plan.seed) if plan.shuffle_labels else None
+    return [data.MammogramDataset(prepared, parts[p], labels) for p in ("train", "validation")]
+
+
+if __name__ == "__main__":
+    common.check_settings(settings, "04_train.py")
+    prepared = common.open_prepared(settings.source)
+    plan, old_run = make_plan(settings, prepared)
+    all_folds = data.named_folds(plan.fold, prepared.splits)
+    rank, count = common.processes()
+    dealt = count > 1 and len(all_folds) > 1
+    folds = all_folds[rank::count] if dealt else all_folds
+    train_films, validation_films = fold_films(prepared, (folds or all_folds)[0], plan)
+    print(f"folds {common.listing(all_folds)}; in the first {len(train_films)} films train and "
+          f"{len(validation_films)} validate")  # fmt: skip
+
+
+# %% The network and its optimiser: what stands here after the cell is what the first fold trains
+# The new head learns at its own rate, ten times that of the pretrained stages. Later folds are
+# made by the same function.
+def network_and_optimizer(plan, weights):
+    """Return the model, the optimiser and the scheduler that a fold begins with."""
+    device = common.choose_device(plan.device)
+    torch.manual_seed(plan.seed)
+    model, _ = network.build_model(weights, plan.recipe, plan.dropout, plan.freeze)
+    model = model.to(device, memory_format=torch.channels_last)
+    backbone = [p for p in model.backbone.parameters() if p.requires_grad]
+    head = [p for n, p in model.named_parameters() if not n.startswith("backbone.")]
+    groups = [{"params": head, "lr": plan.lr}, {"params": backbone, "lr": plan.backbone_lr}]
+    fused = device.type in ("cpu", "cuda")  # one pass over the weights in place of many
+    optimizer = torch.optim.AdamW(groups, weight_decay=plan.weight_decay, fused=fused)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=0.5, patience=plan.lr_patience - 1
+    )
+    return model, optimizer, scheduler
+
+
+if __name__ == "__main__":
+    common.check_settings(settings, "04_train.py")
+    with common.first_process_first():
+        weights = network.load_weights(plan.weights)
+    plan, old_run = make_plan(settings, train_films.prepared, weights)
+    model, optimizer, scheduler = network_and_optimizer(plan, weights)
+    made_for, beginning = plan, None  # nothing is trained yet
+    trained_count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(
+        f"weights: {weights[1]}; {trained_count:,} parameters learn, {plan.epochs} epochs at most"
+    )
+
+
 # %% The loss: of the film, and of every place where a radiologist's circle says what is there
-def lesion_loss(maps, targets, known):
+# A film's label says that there is a lesion, a circle says where. One film has hundreds of places
+# and few in a circle, so that those inside and those outside count half each.
+def lesion_loss(places, circles, known):
     """Cross-entropy of every place with what the circles say about it.
 
     Parameters
     ----------
-    maps : float tensor, shape (B, 3, h, w)
-        Logits of every place.
-    targets : float tensor, shape (B, 2, H, W)
-        Benign and malignant circles, 0 to 1; a place takes the largest value in its reach.
+    places : float tensor, shape (B, 3, h, w)
+        Logits.
+    circles : float tensor, shape (B, 2, H, W)
+        Benign and malignant, 0 to 1; a place takes the largest value in its reach.
     known : bool tensor, shape (B,)
         Films whose circles are the whole truth; the others are left out.
 
@@ -101,627 +186,482 @@ def lesion_loss(maps, targets, known):
     loss : float tensor, scalar
         Places inside and outside of circles count half each: inside are about 1 %.
     """
-    benign, malignant = F.adaptive_max_pool2d(targets, maps.shape[2:]).unbind(1)
+    benign, malignant = F.adaptive_max_pool2d(circles, places.shape[2:]).unbind(1)
     benign = (benign - malignant).clamp(0, 1)  # where both overlap, the worse counts
     wanted = torch.stack([benign, 1 - benign - malignant, malignant], 1)
-    loss = F.cross_entropy(maps.float(), wanted, reduction="none")  # (B, h, w)
+    loss = F.cross_entropy(places.float(), wanted, reduction="none")  # (B, h, w)
     inside = (benign + malignant) * known[:, None, None]
     outside = (1 - benign - malignant) * known[:, None, None]
     return 0.5 * sum((loss * part).sum() / part.sum().clamp(min=1) for part in (inside, outside))
 
 
-def film_loss(logits, labels, weights=None, smoothing=0.0):
-    """Cross-entropy of films (B, 3) with labels (B,), in float32."""
-    return F.cross_entropy(logits.float(), labels, weights, label_smoothing=smoothing)
+# %% The loss of a batch: varied films, their labels and their circles
+# The films go to the device as bytes and are varied there, all at once; the circles are carried
+# along. Both losses are added: cross-entropy of the films, and of their places.
+def batch_loss(model, batch, dataset, plan, generator):
+    """Augment a batch (films, labels, rows) of a dataset; return its loss and the film logits."""
+    films, labels, rows = batch
+    device, circles = next(model.parameters()).device, None
+    films = films.to(device).float() / 255
+    # Circles of true labels would give shuffled ones away; own films may have none.
+    if plan.recipe == "lesion" and dataset.circles and not plan.shuffle_labels:
+        circles, known = (part.to(device) for part in dataset.lesion_maps(rows))
+    films, circles = data.augment(films, labels, generator, plan.augment, circles)
+    dtype = common.choose_precision(plan.precision, device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        logits, places = model(films)
+    weight = data.class_weights(dataset.labels).to(device) if plan.balance == "loss" else None
+    loss = F.cross_entropy(
+        logits.float(), labels.to(device), weight, label_smoothing=plan.label_smoothing
+    )
+    if circles is not None:
+        loss = loss + plan.lesion_weight * lesion_loss(places, circles, known)
+    return loss, logits.detach()
 
 
-# %% An epoch: batch, augment, forward, backward, step
-class Trainer:
-    """Everything that changes while one fold trains, so that it can be saved and taken up again.
+# %% A lack of memory: one that a smaller batch mends
+# On a GPU the films, their maps and all layers' outputs for the gradient have to fit at once.
+@contextlib.contextmanager
+def enough_memory(plan):
+    """Put a lack of memory into words."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).lower()
+        if not any(t in text for t in ("out of memory", "allocate memory", "not enough memory")):
+            raise
+        smaller = max(plan.batch_size // 2, 1)
+        raise UserError(f"the device ran out of memory; try --batch-size {smaller}") from None
 
-    Parameters
-    ----------
-    settings : Settings
-        The run's.
-    prepared : Prepared
-        From step 1.
-    fold : int
-        The fold that is the test set; its films are never touched here.
-    weights : tuple
-        What `load_weights` of step 3 returned.
-    team : Team
-        The processes that train this fold together, each on its share of every batch.
-    """
 
-    def __init__(self, settings, prepared, fold, weights, team=common.ALONE):
-        settings = filled_in(settings, weights)
-        self.settings, self.fold, self.team = settings, fold, team
-        self.device = common.choose_device(settings.device)
-        self.dtype = common.choose_precision(settings.precision, self.device)
-        torch.manual_seed(settings.seed)
-        self.generator = torch.Generator().manual_seed(settings.seed)
-        labels = prepared.labels["label"].to_numpy()
-        if settings.shuffle_labels:
-            labels = shuffled_labels(prepared.labels, settings.seed)
-        parts = data.fold_parts(prepared.splits, prepared.labels, fold)
-        self.training = data.MammogramDataset(prepared, parts["train"], labels)
-        self.validation = data.MammogramDataset(prepared, parts["validation"], labels)
-        kept = self.training.labels[self.training.rows]
-        # Circles of true labels would give shuffled ones away; own films may have none.
-        known = self.training.circles.ngroups > 0 and not settings.shuffle_labels
-        self.circles = settings.recipe == "lesion" and known
-        self.class_weights = data.class_weights(kept).to(self.device)
-        counts = torch.bincount(kept, minlength=len(CLASS_NAMES)).clamp(min=0.5)
-        self.prior = counts / counts.sum() if settings.balance != "none" else torch.ones(3)
-        if settings.balance == "sampler":
-            self.sampler = data.balanced_sampler(kept, self.generator)
+# %% One batch: films in, loss out
+# In evaluation mode, so that looking changes nothing of what is trained. Three equally likely
+# classes would give ln 3 = 1.10 for the films, and as much again for the places.
+if __name__ == "__main__":
+    batch_generator = torch.Generator().manual_seed(plan.seed)
+    batch_sampler = data.balanced_sampler(train_films.labels, batch_generator)
+    first_batch = next(iter(data.batches(train_films, plan.batch_size, batch_sampler)))
+    with torch.no_grad(), enough_memory(plan):
+        first_loss, _ = batch_loss(model.eval(), first_batch, train_films, plan, batch_generator)
+    print(f"a batch {tuple(first_batch[0].shape)} before training: loss {first_loss.item():.3f}")
+
+
+# %% The state of a fold: all that changes while it trains, so that it can be saved and taken up
+# Single weights are noisy at 25 steps an epoch; their average over the last steps is not. The
+# average is what is validated and kept.
+class FoldState:
+    """One fold in training; `rank` of `count` processes that train it together."""
+
+    def __init__(self, fold, plan, films, parts, rank=0, count=1):
+        self.fold, self.plan, self.rank, self.count = fold, plan, rank, count
+        self.train_films, self.validation_films = films
+        self.model, self.optimizer, self.scheduler = parts
+        self.scheduler.optimizer = self.optimizer  # one put in the place of ours, too
+        self.stopped, self.saved = False, 0  # by the user; the epoch of last.pt
+        stepped = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if not stepped <= set(map(id, self.model.parameters())):
+            raise UserError("run the cell 'The network and its optimiser' first: the optimiser "
+                            "holds the weights of another model")  # fmt: skip
+        torch.manual_seed(plan.seed)  # dropout; each fold begins alike, alone or after others
+        self.generator = torch.Generator().manual_seed(plan.seed)
+        if plan.balance == "sampler":
+            self.sampler = data.balanced_sampler(self.train_films.labels, self.generator)
         else:
-            self.sampler = torch.utils.data.RandomSampler(self.training, generator=self.generator)
-        model, _ = network.build_model(weights, settings.recipe, settings.dropout, settings.freeze)
-        self.model = model.to(self.device, memory_format=torch.channels_last)
-        # Single weights are noisy at 25 steps an epoch; their average over the last steps is not.
-        blend = get_ema_multi_avg_fn(settings.ema)
-        self.average = AveragedModel(self.model, multi_avg_fn=blend, use_buffers=True)
-        self.network = DistributedDataParallel(self.model) if team.size > 1 else self.model
-        groups = network.parameter_groups(self.model, settings.lr, settings.backbone_lr)
-        fused = self.device.type in ("cpu", "cuda")  # one pass over the weights in place of many
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=fused)
-        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer, factor=0.5, patience=settings.lr_patience - 1
-        )
-        self.epoch, self.best_loss, self.best_epoch, self.history = 0, float("inf"), 0, []
-        self.saved = 0  # the epoch of last.pt
-        self.watch = common.Stopwatch(self.device if settings.profile else None)
-
-    def losses(self, films, labels, rows):
-        """Augment a batch, classify it, and return the loss to train on and the film logits."""
-        with self.watch("augmentation"):
-            films = films.to(self.device).float() / 255
-            maps = None
-            if self.circles:
-                maps, known = self.training.lesion_maps(rows)
-                maps, known = maps.to(self.device), known.to(self.device)
-            films, maps = data.augment(films, labels, self.generator, self.settings.augment, maps)
-            labels = labels.to(self.device)
-        with self.watch("forward"):
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                logits, places = self.network(films)
-            weights = self.class_weights if self.settings.balance == "loss" else None
-            loss = film_loss(logits, labels, weights, self.settings.label_smoothing)
-            if maps is not None:
-                loss = loss + self.settings.lesion_weight * lesion_loss(places, maps, known)
-        return loss, logits.detach()
-
-    def train_epoch(self, progress):
-        """Train on every batch of an epoch; return the mean loss and the accuracy."""
-        self.model.train()
-        total = hits = count = 0
-        epoch = data.batches(self.training, self.settings.batch_size, self.sampler, *self.team)
-        while True:
-            with self.watch("batches"):
-                films, labels, rows = next(epoch, (None, None, None))
-            if films is None:
-                break
-            loss, logits = self.losses(films, labels, rows)
-            if not torch.isfinite(loss):
-                names = self.training.prepared.labels["image"].iloc[rows.numpy()]
-                raise UserError(
-                    f"the loss became {loss.item()} in epoch {self.epoch + 1} at the films "
-                    f"{common.listing(names)}; the last good checkpoint is kept. Try a lower --lr"
-                )
-            with self.watch("backward"):
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-            with self.watch("optimiser"):
-                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_norm)
-                self.optimizer.step()
-                self.average.update_parameters(self.model)
-            total += loss.item() * len(rows)
-            hits += (logits.argmax(1).cpu() == labels).sum().item()
-            count += len(rows)
-            progress.step(len(rows) * self.team.size, f"loss {total / count:.3f}")
-        if not count:
-            raise UserError(
-                f"{len(self.training)} training films do not fill one batch of {self.team.size} "
-                "processes; start fewer, or use a smaller --batch-size"
+            self.sampler = torch.utils.data.RandomSampler(
+                self.train_films, generator=self.generator
             )
-        total, hits, count = np.sum(self.team.collect((total, hits, count)), axis=0)
-        return total / count, hits / count
+        counts = torch.bincount(self.train_films.labels, minlength=3).clamp(min=0.5)
+        self.prior = counts / counts.sum() if plan.balance != "none" else torch.ones(3)
+        blend = get_ema_multi_avg_fn(plan.ema)
+        self.average = AveragedModel(self.model, multi_avg_fn=blend, use_buffers=True)
+        self.network = DistributedDataParallel(self.model) if count > 1 else self.model
+        self.progress = {"epoch": 0, "best_loss": float("inf"), "best_epoch": 0, "history": []}
 
-    def validate(self):
-        """Predict the validation films; return their logits, labels and metrics."""
-        rank, size = self.team
-        for buffer in self.average.buffers() if size > 1 else ():
-            torch.distributed.broadcast(buffer, 0)  # batch-norm statistics are each process's own
-        rows = self.validation.rows
-        share = data.MammogramDataset(self.validation.prepared, rows[rank::size])
-        logits = torch.empty(len(rows), len(CLASS_NAMES))
-        mine = network.predict(self.average.module, share, self.settings.batch_size, self.dtype)
-        for number, part in enumerate(self.team.collect(mine)):
-            logits[number::size] = part
-        labels, films = self.validation.labels[rows], self.validation.prepared.labels.iloc[rows]
-        judged = network.beside_other_breast(logits, films["patient"], films["laterality"])
-        temperature = network.fit_temperature(judged, labels, self.prior)
-        judged = network.calibrated(judged, temperature, self.prior)
-        predicted = judged.argmax(1)
-        metrics = {
-            "val_loss": F.cross_entropy(judged, labels).item(),
-            "val_accuracy": accuracy_score(labels, predicted),
-            "val_macro_f1": f1_score(labels, predicted, average="macro", zero_division=0),
-            "val_malignant_recall": recall_score(
-                labels == MALIGNANT, predicted == MALIGNANT, zero_division=0
-            ),
-        }
-        return logits, labels, metrics
+    def parts(self):
+        """Return what has a state dict, by name."""
+        names = ("model", "average", "optimizer", "scheduler")
+        return {name: getattr(self, name) for name in names}
 
-    def state(self):
+    def state_dict(self):
         """Return all that a resumed run needs, as tensors and plain values."""
-        return {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "generator": self.generator.get_state(),
-            "torch_generator": torch.get_rng_state(),
-            "epoch": self.epoch,
-            "best_loss": self.best_loss,
-            "best_epoch": self.best_epoch,
-            "history": self.history,
-        }
+        states = {name: part.state_dict() for name, part in self.parts().items()}
+        generators = {"generator": self.generator.get_state(), "torch": torch.get_rng_state()}
+        return {**states, **generators, **self.progress}
 
-    def restore(self, state):
-        """Take up a state that `state` gave."""
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+    def load_state_dict(self, state):
+        """Take up a state that `state_dict` gave."""
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
         self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch_generator"])
-        self.epoch, self.history = state["epoch"], state["history"]
-        self.saved = self.epoch
-        self.best_loss, self.best_epoch = state["best_loss"], state["best_epoch"]
+        torch.set_rng_state(state["torch"])
+        self.progress = {name: state[name] for name in self.progress}
+        self.saved = self.progress["epoch"]
+
+    def take_note(self, row):
+        """Add an epoch's row of history.csv; return whether it is the best so far."""
+        row = {n: int(v) if n in ("fold", "epoch") else float(v) for n, v in row.items()}
+        self.progress["history"].append(row)
+        self.progress["epoch"], better = row["epoch"], row["val_loss"] < self.progress["best_loss"]
+        if better:
+            self.progress.update(best_loss=row["val_loss"], best_epoch=row["epoch"])
+        return better
 
     def finished(self):
         """Tell whether all epochs are done, or the best one lies too far back."""
-        waited = self.epoch - self.best_epoch
-        return self.epoch >= self.settings.epochs or waited >= self.settings.patience
+        waited = self.progress["epoch"] - self.progress["best_epoch"]
+        return self.progress["epoch"] >= self.plan.epochs or waited >= self.plan.patience
 
 
-def filled_in(settings, weights):
-    """Return the settings with the values that go with this kind of start, see `load_weights`."""
-    random_start = weights[0] is None
-    epochs = settings.epochs or (20 if random_start else 10)
-    return replace(
-        settings,
-        epochs=epochs,
-        lr_patience=settings.lr_patience or max(epochs // 3, 1),
-        patience=settings.patience or max(epochs // 2, 1),
-        backbone_lr=settings.lr if random_start else settings.backbone_lr,
-    )
+# %% The batches of an epoch; of several processes each takes its share of every batch
+# All processes draw the same order from the same seed, and each takes every n-th film of it, so
+# that they see together what one process would see in batches n times as large.
+def epoch_batches(state):
+    """Return a DataLoader; all processes must take part in every step."""
+    size = state.plan.batch_size
+    if state.count == 1:
+        return data.batches(state.train_films, size, state.sampler)
+    order = list(state.sampler)
+    whole = len(order) // (size * state.count) * size * state.count
+    if not whole:
+        raise UserError(
+            f"{len(order)} training films do not fill one batch of {state.count} processes; "
+            "start fewer, or use a smaller --batch-size"
+        )
+    return data.batches(state.train_films, size, order[:whole][state.rank :: state.count])
 
 
-def shuffled_labels(labels, seed):
-    """Permute the labels between patients, each patient's films staying together.
+# %% An epoch: batch, augment, forward, backward, step
+# The usual five lines, and the averaged weights. A loss that is not a number ends the training with
+# the films' names, before it can reach a checkpoint.
+def train_epoch(state, progress):
+    """Train on every batch of an epoch; return the mean loss and the accuracy."""
+    state.model.train()
+    total = hits = count = 0
+    for batch in epoch_batches(state):
+        _, labels, rows = batch
+        loss, logits = batch_loss(
+            state.network, batch, state.train_films, state.plan, state.generator
+        )
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss.item()} in epoch {state.progress['epoch'] + 1} at the "
+                f"films {common.listing(state.train_films.images[rows])}; the last good checkpoint "
+                "is kept. Try a lower --lr"
+            )
+        state.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(state.model.parameters(), state.plan.max_norm)
+        state.optimizer.step()
+        state.average.update_parameters(state.model)
+        total += loss.item() * len(rows)
+        hits += (logits.argmax(1).cpu() == labels).sum().item()
+        count += len(rows)
+        progress.step(len(rows) * state.count, f"loss {total / count:.3f}")
+    if state.count > 1:
+        total, hits, count = np.sum(common.collect((total, hits, count)), axis=0)
+    return total / count, hits / count
 
-    A sound evaluation of a model trained on these falls to chance; a leak shows as more.
 
-    Parameters
-    ----------
-    labels : DataFrame
-        image, patient, label.
-    seed : int
-        Of the permutation.
+# %% Validation: films judged beside the other breast, as they are in the end
+# The temperature is fitted on the validation films, and their loss at that temperature chooses the
+# epoch: it judges how well films are ranked and how sure to be, not how loud the logits are.
+def validate(state):
+    """Return the logits of the validation films, temperatures (beside, alone) and metrics."""
+    films, share = state.validation_films, slice(state.rank, None, state.count)
+    for buffer in state.average.buffers() if state.count > 1 else ():
+        torch.distributed.broadcast(buffer, 0)  # batch-norm statistics are each process's own
+    mine = copy.copy(films)
+    mine.rows = films.rows[share]
+    dtype = common.choose_precision(state.plan.precision, next(state.model.parameters()).device)
+    read = network.predict(state.average.module, mine, state.plan.batch_size, dtype).logits
+    logits = torch.empty(len(films), len(CLASS_NAMES))
+    for number, part in enumerate(common.collect(read) if state.count > 1 else [read]):
+        logits[number :: state.count] = part
+    labels = films.labels
+    judged = network.beside_other_breast(logits, films.table())
+    temperatures = {
+        "beside": network.fit_temperature(judged, labels, state.prior),
+        "alone": network.fit_temperature(logits, labels, state.prior),
+    }
+    judged = network.calibrated(judged, temperatures["beside"], state.prior)
+    predicted = judged.argmax(1)
+    recall = recall_score(labels == MALIGNANT, predicted == MALIGNANT, zero_division=0)
+    metrics = {
+        "val_loss": F.cross_entropy(judged, labels).item(),
+        "val_accuracy": accuracy_score(labels, predicted),
+        "val_macro_f1": f1_score(labels, predicted, average="macro", zero_division=0),
+        "val_malignant_recall": recall,
+    }
+    if not np.isfinite(metrics["val_loss"]):
+        raise UserError(
+            f"the validation loss became {metrics['val_loss']} in epoch "
+            f"{state.progress['epoch'] + 1}; the last good checkpoint is kept. Try a lower --lr"
+        )
+    return logits, temperatures, metrics
 
-    Returns
-    -------
-    labels : ndarray of int, shape (n_films,)
-        Patients with the same number of films exchange their label pairs.
-    """
-    rng = np.random.default_rng(seed)
-    mixed = labels["label"].to_numpy().copy()
-    groups = labels.groupby("patient").indices
-    sizes = pd.Series({patient: len(rows) for patient, rows in groups.items()})
-    for _, same_size in sizes.groupby(sizes):
-        rows = np.array([groups[patient] for patient in same_size.index])  # (patients, films)
-        mixed[rows] = labels["label"].to_numpy()[rows[rng.permutation(len(rows))]]
-    return mixed
 
-
-# %% A fold: epochs until the validation loss stops falling, the best and the last state saved
+# %% Checkpoints: the best epoch for judging, the last one for going on
+# Tensors and plain values only; each file is written whole or not at all. best.pt has all that it
+# takes to judge a film: weights, class frequencies, temperatures, validation logits.
 HISTORY = [
     "fold", "epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy",
     "val_macro_f1", "val_malignant_recall", "seconds", "films_per_second",
 ]  # fmt: skip
 
 
-def fit_fold(settings, prepared, fold, weights, folder, record, team=common.ALONE):
-    """Train one fold, or go on with it.
-
-    Parameters
-    ----------
-    settings : Settings
-        The run's.
-    prepared : Prepared
-        From step 1.
-    fold : int
-        The fold that is the test set.
-    weights : tuple
-        What `load_weights` of step 3 returned.
-    folder : Path
-        runs/<run>.
-    record : dict
-        settings.json, stored in the checkpoints too.
-    team : Team
-        The processes that train this fold together; rank 0 writes.
-
-    Returns
-    -------
-    model : MammogramNet
-        With the weights of the best epoch, in evaluation mode.
-    history : DataFrame
-        One row an epoch.
-    whole : bool
-        False if the user stopped it.
-    """
-    trainer = Trainer(settings, prepared, fold, weights, team)
-    target = folder / f"fold-{fold}"
-    if settings.resume and (target / "last.pt").is_file():
-        trainer.restore(load_last(target))
-        team.wait()  # all have read it before one writes
-        if team.rank == 0:
-            write_history(trainer, target)  # a run may be killed between last.pt and history.csv
-    stopped = False
-    try:
-        while not trainer.finished():
-            run_epoch(trainer, target, record)
-    except KeyboardInterrupt:
-        stopped = True
-        print(f"\nstopped; the state of epoch {trainer.saved} is saved")
-    except RuntimeError as error:
-        if not re.search("out of memory|allocate memory|not enough memory", str(error).lower()):
-            raise
-        raise UserError(
-            f"the device ran out of memory; try --batch-size {max(settings.batch_size // 2, 1)}"
-        ) from None
-    if trainer.watch.seconds and settings.profile and team.rank == 0:
-        common.table(trainer.watch.table(), f"where the time of fold {fold} went")
-    if (target / "best.pt").is_file():
-        trainer.model.load_state_dict(common.read_checkpoint(target / "best.pt")["model"])
-    return trainer.model.eval(), pd.DataFrame(trainer.history, columns=HISTORY), not stopped
-
-
-def run_epoch(trainer, target, record):
-    """Train and validate once, print a row, and save the last and, if it is, the best state."""
-    start = time.perf_counter()
-    lr = trainer.optimizer.param_groups[0]["lr"]
-    count = len(trainer.training)
-    progress = common.Progress(count, f"fold {trainer.fold} epoch {trainer.epoch + 1}")
-    train_loss, train_accuracy = trainer.train_epoch(progress)
-    speed = count / (time.perf_counter() - start)
-    with trainer.watch("validation"):
-        logits, labels, metrics = trainer.validate()
-    if not np.isfinite(metrics["val_loss"]):
-        raise UserError(
-            f"the validation loss became {metrics['val_loss']} in epoch {trainer.epoch + 1}; the "
-            "last good checkpoint is kept. Try a lower --lr"
-        )
-    trainer.scheduler.step(metrics["val_loss"])
-    trainer.epoch += 1
-    row = {
-        "fold": trainer.fold,
-        "epoch": trainer.epoch,
-        "lr": lr,
-        "train_loss": train_loss,
-        "train_accuracy": train_accuracy,
-        **metrics,
-        "seconds": time.perf_counter() - start,
-        "films_per_second": speed,
-    }
-    whole = ("fold", "epoch")
-    trainer.history.append({n: int(v) if n in whole else float(v) for n, v in row.items()})
-    better = metrics["val_loss"] < trainer.best_loss
-    if better:
-        trainer.best_loss, trainer.best_epoch = metrics["val_loss"], trainer.epoch
-    if trainer.team.rank == 0:
-        with trainer.watch("checkpoints"):
-            if better:
-                films = trainer.validation.prepared.labels.iloc[trainer.validation.rows]
-                best = {
-                    "model": trainer.average.module.state_dict(),
-                    "validation": {
-                        "logits": logits,
-                        "labels": labels,
-                        **{n: list(films[n]) for n in ("image", "patient", "laterality")},
-                    },
-                    "prior": trainer.prior,
-                    "epoch": trainer.epoch,
-                    "fold": trainer.fold,
-                    "record": record,
-                }
-                save_checkpoint(best, target / "best.pt")
-            save_checkpoint({**trainer.state(), "record": record}, target / "last.pt")
-            write_history(trainer, target)
-    trainer.saved = trainer.epoch
-    if trainer.team.rank > 0:
-        return
-    left = (trainer.settings.epochs - trainer.epoch) * row["seconds"]
-    progress.close(
-        f"fold {trainer.fold} epoch {trainer.epoch:2d}/{trainer.settings.epochs}  "
-        f"loss {train_loss:.3f}  val loss {metrics['val_loss']:.3f}  "
-        f"accuracy {metrics['val_accuracy']:.2f}  macro-F1 {metrics['val_macro_f1']:.2f}  "
-        f"malignant recall {metrics['val_malignant_recall']:.2f}  lr {lr:.0e}  "
-        f"{speed:.1f} films/s  {common.clock(left)} left{'  best' if better else ''}"
-    )
-
-
-def save_checkpoint(state, path):
-    """Save tensors and plain values, completely or not at all."""
+def save_checkpoint(values, path):
+    """Save tensors and plain values."""
     with common.replacing(path) as temporary, open(temporary, "wb") as file:
-        torch.save(state, file)  # given a name, torch would not say that the disk is full
+        torch.save(values, file)  # given a name, torch would not say that the disk is full
 
 
-def load_last(target):
-    """Read last.pt of a fold, or name what is still good."""
+def save_state(state, folder, record, best=None):
+    """Save the last state and, if validation found it the best, (logits, temperatures)."""
+    target = folder / f"fold-{state.fold}"
+    if best:
+        films, (logits, temperatures) = state.validation_films, best
+        table = films.table()
+        validation = {name: list(table[name]) for name in ("image", "patient", "laterality")}
+        values = {
+            "model": state.average.module.state_dict(),
+            "validation": {**validation, "logits": logits, "labels": films.labels},
+            "prior": state.prior,
+            "temperature": temperatures,
+            "epoch": state.progress["epoch"],
+            "fold": state.fold,
+            "record": record,
+        }
+        save_checkpoint(values, target / "best.pt")
+    save_checkpoint({**state.state_dict(), "record": record}, target / "last.pt")
+    state.saved = state.progress["epoch"]
+    write_history(state, folder)
+
+
+# %% Histories: of each fold, and of all folds of the run
+# Each fold has its own, so that folds can be trained by several processes; the run's is put
+# together from them after every epoch.
+def write_history(state, folder):
+    """Write a fold's history.csv, and with it the run's."""
+    table = pd.DataFrame(state.progress["history"], columns=HISTORY)
+    common.write_csv(table, folder / f"fold-{state.fold}" / "history.csv")
+    merge_histories(folder)
+
+
+def merge_histories(folder):
+    """Put the histories of a run's folds together in the run's own, and return it."""
+    parts = [pd.read_csv(path) for path in sorted(folder.glob("fold-*/history.csv"))]
+    history = pd.concat(parts) if parts else pd.DataFrame(columns=HISTORY)
+    if parts:  # none if every fold failed in its first epoch
+        common.write_csv(history, folder / "history.csv")
+    return history.reset_index(drop=True)
+
+
+# %% Going on: from the last state of a fold
+# last.pt has the weights, the optimiser, the scheduler and both random states: what follows is bit
+# for bit what it would have been without the stop.
+def take_up(state, folder):
+    """Go on from last.pt of a fold, if it is there; name what is still good if it is damaged."""
+    target = folder / f"fold-{state.fold}"
+    if not (target / "last.pt").is_file():
+        return
     try:
-        return common.read_checkpoint(target / "last.pt")
-    except UserError as error:
+        state.load_state_dict(common.read_checkpoint(target / "last.pt"))
+    except (UserError, KeyError, ValueError, RuntimeError) as error:
         best = target / "best.pt"
         offer = f" {best} is still there and can be evaluated." if best.is_file() else ""
         raise UserError(f"{error}.{offer} To train this fold anew, delete {target}") from None
 
 
-def write_history(trainer, target):
-    """Write a fold's history.csv, and with it the run's."""
-    common.write_csv(pd.DataFrame(trainer.history, columns=HISTORY), target / "history.csv")
-    merge_histories(target.parent)
-
-
-def merge_histories(folder):
-    """Put the histories of a run's folds together in the run's own."""
-    parts = sorted(folder.glob("fold-*/history.csv"))
-    if parts:  # none if every fold failed in its first epoch
-        common.write_csv(pd.concat([pd.read_csv(p) for p in parts]), folder / "history.csv")
-
-
-# %% A run: a new name, or an old one that fits; then fold after fold
-FREE_ON_RESUME = (
-    "fold", "run", "resume", "overwrite", "epochs", "patience", "device", "precision", "profile",
-)  # fmt: skip
-
-
-def newest_run():
-    """Return the folder of the run that was written to last."""
-    found = [p.parent for p in common.runs_dir().glob("*/settings.json")]
-    if not found:
-        raise UserError(f"there is no run in {common.runs_dir()}; python 04_train.py makes one")
-    return max(found, key=lambda folder: max(p.stat().st_mtime for p in folder.glob("*.*")))
-
-
-def open_run(settings, prepared):
-    """Find the folder of a new run, or check that an old one can be gone on with.
-
-    Returns
-    -------
-    settings : Settings
-        On resuming, what was left at its default takes the run's value.
-    folder : Path
-        runs/<run>.
-
-    Raises
-    ------
-    UserError
-        If the name is taken, or data, split or a setting differ from the run's.
-    """
-    allowed = all(c.isalnum() or c in "-_. " for c in settings.run)
-    if not allowed or settings.run != settings.run.strip(". "):  # ".." leads out of runs/
+# %% A new run: a folder whose name is free and leads nowhere else
+# Nothing is overwritten unasked. Without --run the name is source, recipe and the next free number.
+def new_run(plan, prepared):
+    """Return the folder of a new run; UserError if the name is taken or leads elsewhere."""
+    allowed = all(c.isalnum() or c in "-_. " for c in plan.run)
+    if not allowed or plan.run != plan.run.strip(". "):  # ".." leads out of runs/
         raise UserError(
-            f"--run {settings.run!r}: letters, digits, and inside also blank, '-', '_' and '.'"
+            f"--run {plan.run!r}: letters, digits, and inside also blank, '-', '_' and '.'"
         )
-    described = describe_data(prepared)
-    if settings.resume:
-        folder = common.runs_dir(settings.run) if settings.run else newest_run()
-        if not (folder / "settings.json").is_file():
-            raise UserError(f"there is no run {folder.name!r} in {common.runs_dir()} to resume")
-        record = common.read_json(folder / "settings.json")
-        changed = [
-            f"{name} {record['data'].get(name)} -> {value}"
-            for name, value in described.items()
-            if record["data"].get(name) != value
-        ]
-        for field in fields(Settings):
-            mine, old = getattr(settings, field.name), record.get(field.name, field.default)
-            if field.name not in FREE_ON_RESUME and mine not in (old, field.default):
-                changed.append(f"{field.name} {old} -> {mine}")
-            elif mine == field.default and field.name not in ("resume", "overwrite"):
-                settings = replace(settings, **{field.name: old})
-        if changed:
-            raise UserError(
-                f"the run {folder.name} cannot be resumed with other settings or data: "
-                f"{'; '.join(changed)}. Start a new run, or put them back"
-            )
-        return replace(settings, resume=True), folder
-    name = settings.run
-    if not name:
-        stem = f"{prepared.source}-{settings.recipe}"
-        taken = [int(p.name[-3:]) for p in common.runs_dir().glob(f"{stem}-[0-9][0-9][0-9]")]
-        name = f"{stem}-{max(taken, default=0) + 1:03d}"
-    folder = common.runs_dir(name)
-    used = folder.exists() and any(p.name != ".lock" for p in folder.glob("*"))
-    if used and not settings.overwrite:
-        raise UserError(f"the run {name} exists; choose another --run, --resume or --overwrite")
-    if folder.exists():
-        with common.locked(folder):
-            pass  # a run that is being trained is not deleted
-        shutil.rmtree(folder)
-    return settings, folder
+    stem = f"{prepared.source}-{plan.recipe}"
+    taken = [int(p.name[-3:]) for p in common.runs_dir().glob(f"{stem}-[0-9][0-9][0-9]")]
+    folder = common.runs_dir(plan.run or f"{stem}-{max(taken, default=0) + 1:03d}")
+    used = folder.exists() and any(path.name != ".lock" for path in folder.glob("*"))
+    if used and not plan.overwrite:
+        raise UserError(
+            f"the run {folder.name} exists; choose another --run, --resume or --overwrite"
+        )
+    return folder
 
 
-def describe_data(prepared):
-    """Return what identifies the data and the split of a run."""
-    return {
-        "source": prepared.source,
-        "films": len(prepared.films),
-        "size": list(prepared.films.shape[1:]),
-        "pixels_and_labels": prepared.fingerprint,
-        "split": common.fingerprint(prepared.splits.to_csv(index=False)),
-        "folds": int(prepared.splits["fold"].max()) + 1,
-    }
-
-
-def describe_run(settings, prepared, folder, weights):
+# %% What is noted of a run: settings.json
+# Enough to repeat the run, and to refuse going on with it on other data: settings, weights, device,
+# digests of films, labels and split, the split's seed, and in what labels were edited.
+def describe_run(plan, prepared, folder, weights_name, model):
     """Return settings.json: the settings, what they came to, and what the films are like."""
     spread = data.film_statistics(prepared.films).quantile([0.005, 0.995])
-    device = common.choose_device(settings.device)
-    model, weights_used = network.build_model(
-        weights, settings.recipe, settings.dropout, settings.freeze
-    )
+    device = next(model.parameters()).device
     return {
-        **asdict(filled_in(settings, weights)),
+        **asdict(plan),
         "run": folder.name,
         "source_used": prepared.source,
-        "weights_used": weights_used,
+        "weights_used": weights_name,
         "frozen_stages": model.frozen,
         "parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "device_used": str(device),
-        "precision_used": str(common.choose_precision(settings.precision, device))[6:],
+        "precision_used": str(common.choose_precision(plan.precision, device))[6:],
         "class_names": list(CLASS_NAMES),
         "synthetic": prepared.source == "phantom",
-        "data": describe_data(prepared),
+        "data": prepared.identity(),
         "split_seed": prepared.split_seed,
+        "note": prepared.note,
         "film_statistics": {name: list(spread[name]) for name in spread},
         "torch": str(torch.__version__),
         "disclaimer": common.DISCLAIMER,
     }
 
 
-def named_folds(text, total):
-    """Return the folds that --fold names, or end with a message."""
-    names = range(total) if text == "all" else text.split(",")
-    if not all(str(name).strip().isdecimal() and int(name) < total for name in names):
-        raise UserError(f"--fold {text}: expected 0 to {total - 1}, or all")
-    return [int(name) for name in names]
-
-
-def begin_run(settings, folder, record):
-    """Write settings.json, or check that a run that is gone on with began with these weights."""
+def begin_run(plan, folder, record):
+    """Write settings.json of a new run, or of one that began with the same weights."""
+    if not plan.resume:
+        common.discard(*(path for path in folder.iterdir() if path.name != ".lock"))  # --overwrite
     for part in folder.rglob(".*.part"):
         part.unlink()  # of a killed run; the folder is locked, so nobody writes it now
-    began = common.read_json(folder / "settings.json") if settings.resume else record
+    began = common.read_record(folder) if plan.resume else record
     if began["weights_used"] != record["weights_used"]:
         raise UserError(
             f"{folder.name} began with the weights {began['weights_used']}, not "
             f"{record['weights_used']}; name the same ones with --weights"
         )
     common.write_json(record, folder / "settings.json")
-    data_used = record["data"]
+    size = "x".join(map(str, record["data"]["size"]))
     print(
-        f"run {folder.name}: {record['source_used']}, {data_used['films']} films of "
-        f"{'x'.join(map(str, data_used['size']))} px, split seed {record['split_seed']}, recipe "
-        f"{settings.recipe}, weights: {record['weights_used']}, "
-        f"{record['parameters_trained']:,} parameters trained on {record['device_used']} in "
+        f"run {folder.name}: {record['source_used']}, {record['data']['films']} films of {size} px"
+        f"{', ' + record['note'] if record['note'] else ''}, split seed {record['split_seed']}, "
+        f"recipe {plan.recipe}, weights: {record['weights_used']}, on {record['device_used']} in "
         f"{record['precision_used']}"
     )
 
 
-def train(settings):
-    """Train the folds that the settings name: the whole of this script in one call.
+# %% A stop
+# The stop button is no error: what was finished is saved.
+@contextlib.contextmanager
+def stoppable(state):
+    """Take a stop of the training for what it is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        state.stopped = True
+        print(f"\nstopped; the state of epoch {state.saved} is saved")
 
-    Started by torchrun, its processes share the folds, or train a single one together.
 
-    Returns
-    -------
-    model : MammogramNet
-        The last fold's, with the weights of its best epoch.
-    history : DataFrame
-        One row an epoch of every fold of the run.
-    folder : Path
-        runs/<run>.
-    """
-    if settings.epochs < 0 or settings.batch_size < 1 or settings.lr <= 0:
-        raise UserError("batch size must be at least 1, epochs not negative, the rate above 0")
-    team = common.join_team()
-    prepared = team.first(lambda: data.prepared_source(settings.source))
-    total = int(prepared.splits["fold"].max()) + 1
-    named_folds(settings.fold, total)  # before open_run deletes anything
-    opened = open_run(settings, prepared) if team.rank == 0 else None
-    settings, folder = team.collect(opened)[0]
-    names = named_folds(settings.fold, total)
-    # Several folds are dealt out to the processes; one fold is trained by all of them together.
-    dealt = team.size > 1 and len(names) > 1
-    mine, crew = (names[team.rank :: team.size], common.ALONE) if dealt else (names, team)
-    with common.locked(folder) if team.rank == 0 else contextlib.nullcontext():
-        weights = team.first(lambda: network.load_weights(settings.weights))
-        record = describe_run(settings, prepared, folder, weights)
-        if team.rank == 0:
-            begin_run(settings, folder, record)
-        problems, whole, model, history = [], True, None, pd.DataFrame()
-        team.wait()  # nobody writes before the run is begun
-        for fold in mine:
+# %% An epoch in one line
+# What a log file keeps of it, and what the progress bar turns into.
+def epoch_line(row, epochs, better):
+    """Return a row of history.csv in words."""
+    left = common.clock((epochs - row["epoch"]) * row["seconds"])
+    return (
+        f"fold {row['fold']} epoch {row['epoch']:2d}/{epochs}  loss {row['train_loss']:.3f}  "
+        f"val loss {row['val_loss']:.3f}  accuracy {row['val_accuracy']:.2f}  "
+        f"macro-F1 {row['val_macro_f1']:.2f}  malignant recall {row['val_malignant_recall']:.2f}  "
+        f"lr {row['lr']:.0e}  {row['films_per_second']:.1f} films/s  {left} left"
+        f"{'  best' if better else ''}"
+    )
+
+
+# %% Train: every fold, every epoch
+# Stop it whenever you like: `model`, `history` and the checkpoints are there, and this cell goes on
+# after settings.resume = True. Run again without it, it begins a new run from the same beginning.
+if __name__ == "__main__":
+    common.check_settings(settings, "04_train.py")
+    plan, old_run = make_plan(settings, train_films.prepared, weights)
+    kept = ("run", "resume", "overwrite", "epochs", "patience", "lr_patience")
+    new = {n for n, v in vars(plan).items() if n not in kept and v != getattr(made_for, n)}
+    if new or beginning and optimizer is not beginning[1]:
+        raise UserError(
+            f"{common.listing(sorted(new)) or 'the optimiser'} changed since the network was made; "
+            "run the cells from 'The films of the first fold' on again, then change what you like"
+        )
+    if beginning:  # the cell runs again, and the network was trained in it
+        model, optimizer, scheduler = beginning[0]
+    if plan.lr_patience != made_for.lr_patience:  # it follows from the epochs
+        scheduler.patience = plan.lr_patience - 1
+    beginning = copy.deepcopy((model, optimizer, scheduler)), optimizer
+    chosen = old_run or (new_run(plan, train_films.prepared) if rank == 0 else None)
+    run_folder = common.collect(chosen)[0]
+    record = describe_run(plan, train_films.prepared, run_folder, weights[1], model)
+    problems, whole, (mate, mates) = [], True, (0, 1) if dealt else (rank, count)
+    with common.locked(run_folder) if rank == 0 else contextlib.nullcontext():
+        if rank == 0:
+            begin_run(plan, run_folder, record)
+        common.collect(None)  # nobody writes before the run is begun
+        for fold in folds:
             try:
-                model, history, whole = fit_fold(
-                    settings, prepared, fold, weights, folder, record, crew
-                )
+                films, made = (train_films, validation_films), (model, optimizer, scheduler)
+                if fold != folds[0]:
+                    films = fold_films(train_films.prepared, fold, plan)
+                    made = network_and_optimizer(plan, weights)
+                state = FoldState(fold, plan, films, made, mate, mates)
+                if plan.resume:
+                    take_up(state, run_folder)
+                    if not dealt:
+                        common.collect(None)  # all have read it before one writes
+                    if mate == 0:
+                        write_history(state, run_folder)  # a kill may have come before it
+                with stoppable(state), enough_memory(plan):
+                    while not state.finished():
+                        start, lr = time.perf_counter(), state.optimizer.param_groups[0]["lr"]
+                        seen, epoch = len(state.train_films), state.progress["epoch"] + 1
+                        bar = common.Progress(seen, f"fold {fold} epoch {epoch}")
+                        train_loss, train_accuracy = train_epoch(state, bar)
+                        speed = seen / (time.perf_counter() - start)
+                        logits, temperatures, validation = validate(state)
+                        state.scheduler.step(validation["val_loss"])
+                        row = {"fold": fold, "epoch": epoch, "lr": lr, "train_loss": train_loss,
+                               "train_accuracy": train_accuracy, **validation,
+                               "seconds": time.perf_counter() - start,
+                               "films_per_second": speed}  # fmt: skip
+                        better = state.take_note(row)
+                        if mate == 0:
+                            best = (logits, temperatures) if better else None
+                            save_state(state, run_folder, record, best)
+                            bar.close(epoch_line(row, plan.epochs, better))
+                if state.stopped:
+                    whole = False
+                    break
             except UserError as error:
-                if crew is team:
+                if not dealt:
                     raise
                 problems.append(f"fold {fold}: {error}")  # the other processes go on
-            if not whole:
-                break
-        problems, whole = sum(team.collect(problems), []), all(team.collect(whole))
-        if team.rank == 0 and team.size > 1:
-            merge_histories(folder)
-    if team.rank > 0:
-        return model, pd.DataFrame(), folder
-    if problems:
+        problems, whole = sum(common.collect(problems), []), all(common.collect(whole))
+        history = merge_histories(run_folder) if rank == 0 else pd.DataFrame(columns=HISTORY)
+    best_file = run_folder / f"fold-{(folds or all_folds)[0]}" / "best.pt"
+    if best_file.is_file():
+        model.load_state_dict(common.read_checkpoint(best_file)["model"])
+    model.eval()
+    if problems and rank == 0:
         raise UserError("; ".join(problems) + ". --resume goes on with these folds")
-    history = pd.read_csv(folder / "history.csv") if (folder / "history.csv").is_file() else history
-    follow = f"python 05_evaluate.py --run {folder.name}"
-    again = f"python 04_train.py --resume --run {folder.name}"
-    print(f"run {folder.name}: {folder}\nNext: {follow if whole else again}")
-    return model, history, folder
+    follow = "05_evaluate.py" if whole else "04_train.py --resume"
+    if rank == 0:
+        print(f"run {run_folder.name}: {run_folder}\nNext: python {follow} --run {run_folder.name}")
 
 
-if __name__ == "__main__":
-    model, history, run_folder = train(settings)
-
-
-# %% Look: the curves of loss, accuracy, macro-F1 and malignant recall
-def plot_history(history, title):
-    """Draw a run's curves, one line a fold; the best epoch is marked.
-
-    Parameters
-    ----------
-    history : DataFrame
-        history.csv.
-    title : str
-        Of the figure.
-
-    Returns
-    -------
-    figure : matplotlib.figure.Figure
-        Three panels.
-    """
+# %% Look: the curves of loss, accuracy, macro-F1 and malignant recall, a line a fold
+# When the training loss falls and the validation loss does not, the network learns its films by
+# heart. With some thirty malignant films to learn from, that comes soon.
+if __name__ == "__main__" and len(history):
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
-    panels = [
-        ("loss", "train_loss", "val_loss"),
-        ("accuracy", "train_accuracy", "val_accuracy"),
-        ("validation score", "val_macro_f1", "val_malignant_recall"),
-    ]
+    panels = [("loss", "train_loss", "val_loss"), ("accuracy", "train_accuracy", "val_accuracy"),
+              ("validation score", "val_macro_f1", "val_malignant_recall")]  # fmt: skip
     for axis, (label, first, second) in zip(axes, panels):
         for _, part in history.groupby("fold"):
             axis.plot(part["epoch"], part[first], color="#0072B2", lw=1.2, label=first)
             axis.plot(part["epoch"], part[second], color="#D55E00", lw=1.2, label=second)
-            best = part.loc[part["val_loss"].idxmin()]
-            axis.plot(best["epoch"], best[second], "o", color="#D55E00", ms=5)
+            best_row = part.loc[part["val_loss"].idxmin()]
+            axis.plot(best_row["epoch"], best_row[second], "o", color="#D55E00", ms=5)
         axis.set(xlabel="epoch", ylabel=label)
         if label != "loss":
             axis.set_ylim(-0.02, 1.02)
-        handles, names = axis.get_legend_handles_labels()
-        axis.legend(handles[:2], [name.replace("_", " ") for name in names[:2]], fontsize=8)
-    figure.suptitle(title)
-    return figure
-
-
-if __name__ == "__main__" and len(history):
-    figure = plot_history(history, f"{run_folder.name} (dots: epoch of the lowest validation loss)")
+        handles, curves = axis.get_legend_handles_labels()
+        axis.legend(handles[:2], [name.replace("_", " ") for name in curves[:2]], fontsize=8)
+    synthetic = ", SYNTHETIC PHANTOMS" if record["synthetic"] else ""
+    figure.suptitle(f"{run_folder.name}{synthetic} (dots: epoch of the lowest validation loss)")
     common.show(figure, run_folder / "figures" / "history.png")

@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(globals().get("__file__", "cell")).resolve().parent)
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import (
+    ConfusionMatrixDisplay,
     accuracy_score,
     classification_report,
     f1_score,
@@ -41,26 +41,23 @@ from torch.nn import functional as F
 import common
 from common import BENIGN, CLASS_NAMES, MALIGNANT, NORMAL, UserError
 
-training = importlib.import_module("04_train")
-data, network, prepare = training.data, training.network, training.prepare
+prepare = importlib.import_module("01_prepare_data")
+data = importlib.import_module("02_dataset")
+network = importlib.import_module("03_model")
 
 
 # %% Settings: change a value and run the cells below again; each name is a command-line flag
 @dataclass
-class Settings:
+class Settings(common.RunSettings):
     """What to judge, and how."""
 
-    run: str = ""  # name under runs/; empty: the newest
+    script = "05_evaluate.py"
     recall: float = 0.95  # wanted malignant recall, for the operating point
     resamples: int = 2000  # of patients, for the 95 % intervals
-    seed: int = 0  # of the resampling
     compare: Tuple[str, ...] = ()  # two runs: their difference; more: their mean
     image: Tuple[str, ...] = ()  # films of your own to read, in place of judging the run
     laterality: Literal["", "left", "right"] = ""  # of your (first) film; empty: by the light
     pair: bool = False  # your two films are both breasts of one person: each is judged beside it
-    batch_size: int = 8  # films at a time
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the hardware has it
 
 
 PROBABILITIES = [f"p_{name}" for name in CLASS_NAMES]
@@ -72,58 +69,32 @@ if __name__ == "__main__":
 
 
 # %% Load the run: the best checkpoint of every fold that was trained
-class Fold(NamedTuple):
-    """A fold's model with the validation films that chose its epoch and set its probabilities."""
+# Its validation films chose the epoch and the temperature; with them the checkpoint has all that
+# is needed to read a film.
+class FoldModel(NamedTuple):
+    """A fold's model, in evaluation mode, with what turns its logits into probabilities."""
 
     number: int
     model: network.MammogramNet
     prior: torch.Tensor  # (3,), how frequent the classes are in training
+    temperature: dict  # of films "beside" the other breast and "alone"
     validation: dict  # image, patient, laterality, logits (n, 3) and labels (n,) of the best epoch
     epoch: int
 
-    def temperature(self, beside):
-        """Return what divides the logits of films judged beside the other breast, or alone."""
-        return network.fit_temperature(
-            judged(self.validation["logits"], self.validation, beside),
-            self.validation["labels"],
-            self.prior,
-        )
-
     def probabilities(self, logits, films, beside):
         """Return calibrated probabilities (n, 3); `films` has each one's patient and laterality."""
-        logits = judged(logits, films, beside)
-        return network.probabilities(logits, self.temperature(beside), self.prior)
-
-
-def judged(logits, films, beside):
-    """Return logits of films, beside the patient's other breast if that is wanted."""
-    if not beside:
-        return logits
-    return network.beside_other_breast(logits, films["patient"], films["laterality"])
+        logits = network.beside_other_breast(logits, films) if beside else logits
+        temperature = self.temperature["beside" if beside else "alone"]
+        return network.probabilities(logits, temperature, self.prior)
 
 
 def load_folds(folder, record, device="auto"):
-    """Load the best checkpoints of a run.
-
-    Parameters
-    ----------
-    folder : Path
-        runs/<run>.
-    record : dict
-        Its settings.json.
-    device : str
-        See the settings.
-
-    Returns
-    -------
-    folds : list of Fold
-        In order, in evaluation mode.
-    """
+    """Return the FoldModels of a run (folder runs/<run>, record its settings.json), in order."""
     folds = []
     for path in sorted(folder.glob("fold-*/best.pt")):
         checkpoint = common.read_checkpoint(path)
-        if "prior" not in checkpoint:
-            raise UserError(f"{path} is of an older version; train the run again")
+        if "temperature" not in checkpoint:
+            raise UserError(f"{path} was made by an earlier version; train again")
         model = network.MammogramNet(record["recipe"], record["dropout"])
         try:
             model.load_state_dict(checkpoint["model"])
@@ -131,45 +102,45 @@ def load_folds(folder, record, device="auto"):
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} does not fit recipe {record['recipe']} ({reason})") from None
         model = model.to(common.choose_device(device), memory_format=torch.channels_last).eval()
-        folds.append(Fold(checkpoint["fold"], model, checkpoint["prior"],
-                          checkpoint["validation"], checkpoint["epoch"]))  # fmt: skip
+        rest = (checkpoint[n] for n in ("prior", "temperature", "validation", "epoch"))
+        folds.append(FoldModel(checkpoint["fold"], model, *rest))
     if not folds:
         raise UserError(f"{folder} has no fold-K/best.pt yet; python 04_train.py --resume makes it")
     return folds
 
 
-def chosen_on_validation(folds):
-    """Return a row per fold: the epoch and the temperature that its validation films chose."""
-    rows = [(f.number, f.epoch, f.temperature(True), len(f.validation["labels"])) for f in folds]
-    return pd.DataFrame(rows, columns=["fold", "best epoch", "temperature", "validation films"])
-
-
-def find_run(name):
+# %% The run: its folds, and the films that it was trained on
+# The newest run, or the one in settings.run. Without any, step 4 is run first. `model` is the first
+# fold's, to look at.
+def open_run(name):
     """Return the folder and the settings.json of a run; by default the newest, or a first one."""
     if not name and not any(common.runs_dir().glob("*/settings.json")):
-        print("there is no run yet; training one with the default settings of step 4")
-        training.train(training.Settings())
-    folder = common.runs_dir(name) if name else training.newest_run()
-    if not (folder / "settings.json").is_file():
-        found = sorted(p.parent.name for p in common.runs_dir().glob("*/settings.json"))
-        raise UserError(
-            f"no run {name!r} in {common.runs_dir()}; there are: {common.listing(found)}"
-        )
-    return folder, common.read_json(folder / "settings.json")
+        print("there is no run yet; running 04_train.py", flush=True)
+        common.run_step("04_train.py")
+    folder = common.find_run(name)
+    return folder, common.read_record(folder)
 
 
+judging = False
 if __name__ == "__main__":
-    if settings.compare or settings.image:
-        folder = None
-    else:
-        folder, record = find_run(settings.run)
-        folds = load_folds(folder, record, settings.device)
-        prepared = data.prepared_source(record["source_used"])
-        title = f"run {folder.name}, {record['source_used']}, weights: {record['weights_used']}"
-        common.table(chosen_on_validation(folds).round(2), title)
+    common.check_settings(settings, "05_evaluate.py")
+    judging = not (settings.compare or settings.image)
+    if judging:
+        judged_run, judged_record = open_run(settings.run)
+        fold_models = load_folds(judged_run, judged_record, settings.device)
+        model = fold_models[0].model
+        run_data = common.open_prepared(judged_record["source_used"])
+        chosen_on_validation = pd.DataFrame(
+            [(f.number, f.epoch, *f.temperature.values(), len(f.validation["labels"]))
+             for f in fold_models],
+            columns=["fold", "best epoch", "temperature", "temperature alone", "validation films"],
+        )  # fmt: skip
+        common.table(chosen_on_validation.round(2), f"run {judged_run.name}")
 
 
 # %% Predict: every film by the model that never saw its patient, and where that model looked
+# A film is predicted once, by the model of the fold that it was the test film of. The films, labels
+# and folds must be those of the training: they are compared by digests.
 def predict_run(folds, prepared, record, settings):
     """Predict the test films of every fold.
 
@@ -181,42 +152,51 @@ def predict_run(folds, prepared, record, settings):
     reading : Reading
         In the same order.
     """
-    labels = prepared.labels["label"].to_numpy()
-    if record["shuffle_labels"]:
-        labels = training.shuffled_labels(prepared.labels, record["seed"])
-    changed = training.describe_data(prepared) != record["data"]
-    if changed:
+    if prepared.identity() != record["data"]:
         raise UserError(
             f"{prepared.folder} holds other films, labels or folds than the run was trained on; "
             "prepare them as they were (step 1), or train again"
         )
-    tables, readings = [], []
+    shuffled = record["shuffle_labels"]
+    labels = data.shuffled_labels(prepared.labels, record["seed"]) if shuffled else None
     dtype = common.choose_precision(settings.precision, common.choose_device(settings.device))
     rows = {f.number: np.flatnonzero(prepared.splits["fold"] == f.number) for f in folds}
     progress = common.Progress(sum(map(len, rows.values())), "predicting")
+    tables, readings = [], []
     for fold in folds:
         test = data.MammogramDataset(prepared, rows[fold.number], labels)
-        reading = network.read_films(fold.model, test, settings.batch_size, dtype, progress)
+        read = network.predict(fold.model, test, settings.batch_size, dtype, progress, maps=True)
         table = prepared.splits.iloc[test.rows][["image", "patient", "fold"]].copy()
-        table["label"] = labels[test.rows]
-        films = prepared.labels.iloc[test.rows]
-        table[PROBABILITIES] = fold.probabilities(reading.logits, films, beside=True)
+        table["label"] = test.labels.numpy()
+        table[PROBABILITIES] = fold.probabilities(read.logits, test.table(), beside=True)
         table["predicted"] = table[PROBABILITIES].to_numpy().argmax(1)
-        table[ALONE] = fold.probabilities(reading.logits, films, beside=False)
+        table[ALONE] = fold.probabilities(read.logits, test.table(), beside=False)
         tables.append(table)
-        readings.append(reading)
+        readings.append(read)
     progress.close()
     reading = network.Reading(*(np.concatenate(column) for column in zip(*readings)))
     return pd.concat(tables, ignore_index=True), reading
 
 
-if __name__ == "__main__" and folder:
-    predictions, reading = predict_run(folds, prepared, record, settings)
-    common.write_csv(predictions.round(6), folder / "predictions.csv")
+if __name__ == "__main__" and judging:
+    common.check_settings(settings, "05_evaluate.py")
+    predictions, reading = predict_run(fold_models, run_data, judged_record, settings)
+    common.write_csv(predictions.round(6), judged_run / "predictions.csv")
     common.table(predictions.head(6).round(3), f"the first of n = {len(predictions)} predictions")
+    note = f"{judged_record['note']}, " if judged_record["note"] else ""
+    scope = (
+        f"{'SYNTHETIC PHANTOMS, ' if judged_record['synthetic'] else ''}{note}n = "
+        f"{len(predictions)} films of {predictions['patient'].nunique()} patients, "
+        f"{len(fold_models)} of {judged_record['data']['folds']} folds, split seed "
+        f"{judged_record['split_seed']},\ntraining seed {judged_record['seed']}, weights: "
+        f"{judged_record['weights_used']}"
+    )
+    print(scope)
 
 
 # %% Operating point: a threshold that validation patients choose, applied to test patients
+# Screening asks for a recall, and takes the specificity that comes with it. The threshold is chosen
+# on validation films, so that the recall on test films is a result, not a choice.
 def choose_threshold(scores, positive, recall):
     """Return the highest threshold at which the wanted share of positives lies at or above it.
 
@@ -252,12 +232,18 @@ def operating_points(folds, recall, beside=True):
     return pd.DataFrame(rows, columns=["fold", "threshold", "malignant", "films"])
 
 
+# %% The operating point of each fold
+# With few malignant validation films no recall can be promised; how few is said. A film at or above
+# its fold's threshold would be recalled.
 def above_threshold(predictions, thresholds):
     """Return whether p_malignant of each film lies at or above its fold's threshold, bool (n,)."""
     limits = predictions["fold"].map(thresholds.set_index("fold")["threshold"])
     return (predictions["p_malignant"] >= limits).to_numpy()
 
 
+# %% The interval of a share
+# Nine of ten found sounds like 90 %, and may be 60 %. Wilson's interval is right for small numbers
+# too, where the textbook one leaves 0 to 1.
 def wilson(hits, n):
     """Return the 95 % interval of a share (Wilson, JASA 1927)."""
     if n == 0:
@@ -268,40 +254,26 @@ def wilson(hits, n):
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def promise(n, recall):
-    """Say what a threshold that n malignant films chose promises of patients to come."""
-    if n * (1 - recall) >= 1:
-        return f"At least {n} malignant validation films chose each threshold."
-    return (
-        f"With {n} malignant validation films a recall of {recall} cannot be promised:\n"
-        f"even {n} of {n} found leaves it between {wilson(n, n)[0]:.2f} and 1."
-    )
-
-
-if __name__ == "__main__" and folder:
-    thresholds = operating_points(folds, settings.recall)
+if __name__ == "__main__" and judging:
+    common.check_settings(settings, "05_evaluate.py")
+    thresholds = operating_points(fold_models, settings.recall)
     recalled = above_threshold(predictions, thresholds)
     common.table(thresholds.round(4), f"thresholds for a malignant recall of {settings.recall}")
-    print(promise(int(thresholds["malignant"].min()), settings.recall))
+    fewest = int(thresholds["malignant"].min())
+    if fewest * (1 - settings.recall) < 1:
+        print(f"With {fewest} malignant validation films a recall of {settings.recall} cannot be")
+        print(f"promised: even {fewest} of {fewest} found leaves it between "
+              f"{wilson(fewest, fewest)[0]:.2f} and 1.")  # fmt: skip
 
 
-# %% Metrics: pooled over the folds, with intervals from resampling patients
+# %% Resampled patients: each row of weights counts every film as often as its patient was drawn
+# Films of one patient are alike, so patients are resampled, never films: resampled films would give
+# intervals that are too narrow.
 def patient_weights(patients, folds, resamples, seed):
-    """Return how often each film counts, by resample and by fold.
+    """Return how often each film counts, float32 (1 + resamples + n_folds, n).
 
-    Parameters
-    ----------
-    patients, folds : ndarray, shape (n,)
-        Of every film.
-    resamples : int
-        How many times as many patients as there are are drawn with replacement.
-    seed : int
-        Of the drawing.
-
-    Returns
-    -------
-    weights : ndarray of float32, shape (1 + resamples + n_folds, n)
-        First all films once, then the resamples, then each fold alone.
+    First all films once, then the resamples (as many patients as there are, with replacement), then
+    each fold alone.
     """
     if resamples < 1:
         raise UserError(f"--resamples {resamples}: expected at least 1")
@@ -312,6 +284,9 @@ def patient_weights(patients, folds, resamples, seed):
     return np.vstack([np.ones((1, len(index))), drawn[:, index], *alone]).astype(np.float32)
 
 
+# %% Metrics of weighted films: for all rows of weights at once
+# 2,000 calls of a library would take minutes, matrix products take a second. The cell after the
+# next checks them against scikit-learn.
 def weighted_auc(scores, positive, negative, weights):
     """Return the ROC AUC for every row of weights: the share of pairs in the right order."""
     above = scores[positive][:, None] - scores[negative][None, :]
@@ -344,23 +319,11 @@ def specificity_at(recall, scores, positive, weights):
                      out=np.full(len(w), np.nan), where=known)  # fmt: skip
 
 
+# %% Metrics: pooled over the folds, with intervals from resampling patients
+# With 52 malignant films one fold says little, so predictions of all folds are pooled. AUC asks how
+# films are ranked, recall and precision what they are called.
 def measure(predictions, recalled, weights):
-    """Compute every metric for every row of weights.
-
-    Parameters
-    ----------
-    predictions : DataFrame
-        As `predict_run` gives it.
-    recalled : ndarray of bool, shape (n,)
-        Films at or above the threshold of their fold.
-    weights : ndarray, shape (rows, n)
-        As `patient_weights` gives it.
-
-    Returns
-    -------
-    values : DataFrame
-        A row per row of weights, a column per metric.
-    """
+    """Return every metric (column) for every row of weights; `recalled` is bool (n,)."""
     label = predictions["label"].to_numpy()
     p = predictions[PROBABILITIES].to_numpy()
     cell = np.eye(9, dtype=np.float32)[3 * label + predictions["predicted"].to_numpy()]
@@ -404,23 +367,40 @@ def summarise(values, resamples):
                          "fold mean": alone.mean(), "fold sd": spread})  # fmt: skip
 
 
-if __name__ == "__main__" and folder:
-    weights = patient_weights(
+if __name__ == "__main__" and judging:
+    common.check_settings(settings, "05_evaluate.py")
+    draws = patient_weights(
         predictions["patient"], predictions["fold"], settings.resamples, settings.seed
     )
-    metrics = summarise(measure(predictions, recalled, weights), settings.resamples)
-    scope = (
-        f"{'SYNTHETIC PHANTOMS, ' if record['synthetic'] else ''}n = {len(predictions)} films of "
-        f"{predictions['patient'].nunique()} patients, {len(folds)} of "
-        f"{record['data']['folds']} folds, split seed {record.get('split_seed', 'not noted')}, "
-        f"training seed {record['seed']}, weights: {record['weights_used']}"
-    )
+    metrics = summarise(measure(predictions, recalled, draws), settings.resamples)
     common.table(metrics.round(3), f"test metrics, 95 % intervals over patients; {scope}")
-    if len(folds) < record["data"]["folds"]:
+    if len(fold_models) < judged_record["data"]["folds"]:
         print("Not all folds are trained: a figure for the whole database needs --fold all.")
 
 
+# %% The same by scikit-learn: both must agree
+# Metrics of one's own making need a witness. The classification report has precision, recall and F1
+# of each class once more.
+if __name__ == "__main__" and judging:
+    label, named = predictions["label"], predictions["predicted"]
+    by_library = {
+        "accuracy": accuracy_score(label, named),
+        "macro F1": f1_score(label, named, average="macro", labels=range(3), zero_division=0),
+    }
+    if 0 < (label == MALIGNANT).sum() < len(label):
+        by_library["AUC malignant"] = roc_auc_score(label == MALIGNANT, predictions["p_malignant"])
+    check = pd.DataFrame({"scikit-learn": by_library}).assign(reported=metrics["value"])
+    assert np.allclose(check["scikit-learn"], check["reported"], atol=1e-5), check
+    report = classification_report(
+        label, named, labels=range(3), target_names=CLASS_NAMES, output_dict=True, zero_division=0
+    )
+    report = pd.DataFrame(report).T
+    common.table(report.round(3), f"classification report; {scope}")
+
+
 # %% The other breast: what judging a film beside it changes, both ways with their intervals
+# Part of the gain is how MIAS was collected: most patients have exactly one abnormal breast. So
+# both figures are reported, always.
 BOTH_WAYS = ["AUC malignant", "AUC abnormal", "accuracy", "macro F1", "malignant recall",
              "specificity at recall 0.95", "recall at the point",
              "specificity at the point"]  # fmt: skip
@@ -432,113 +412,42 @@ def film_alone(predictions):
     return predictions.assign(**dict(zip(PROBABILITIES, own.T)), predicted=own.argmax(1))
 
 
-def measure_alone(predictions, folds, weights, settings):
-    """Return the metrics, as `summarise` gives them, of every film judged alone."""
+if __name__ == "__main__" and judging:
+    common.check_settings(settings, "05_evaluate.py")
     alone = film_alone(predictions)
-    recalled = above_threshold(alone, operating_points(folds, settings.recall, beside=False))
-    return summarise(measure(alone, recalled, weights), settings.resamples)
-
-
-def both_ways(alone, beside):
-    """Put the main metrics of films alone and beside the other breast next to each other."""
-    tables = {"film alone": alone, "beside the other breast": beside}
-    kept = {name: table.loc[BOTH_WAYS, ["value", "low", "high"]] for name, table in tables.items()}
-    return pd.concat(kept, axis=1)
-
-
-if __name__ == "__main__" and folder:
-    metrics_alone = measure_alone(predictions, folds, weights, settings)
-    other_breast = both_ways(metrics_alone, metrics)
+    thresholds_alone = operating_points(fold_models, settings.recall, beside=False)
+    recalled_alone = above_threshold(alone, thresholds_alone)
+    metrics_alone = summarise(measure(alone, recalled_alone, draws), settings.resamples)
+    ways = {"film alone": metrics_alone, "beside the other breast": metrics}
+    kept = {name: table.loc[BOTH_WAYS, ["value", "low", "high"]] for name, table in ways.items()}
+    other_breast = pd.concat(kept, axis=1)
     common.table(other_breast.round(3), f"without and with the patient's other film; {scope}")
-    print("Part of the gain is how MIAS was collected: most patients have one abnormal breast.")
 
 
-# %% Check by hand: accuracy, macro-F1 and AUC once more, and scikit-learn must agree
-def check_by_hand(predictions, metrics):
-    """Count accuracy, macro-F1 and AUC once more.
-
-    Returns
-    -------
-    check : DataFrame
-        by hand, scikit-learn, reported; an assertion holds them together.
-    """
-    label, predicted = predictions["label"].to_numpy(), predictions["predicted"].to_numpy()
-    hits = [((label == c) & (predicted == c)).sum() for c in range(3)]
-    named = [(label == c).sum() + (predicted == c).sum() for c in range(3)]
-    f1 = [2 * hit / max(count, 1) for hit, count in zip(hits, named)]
-    by_hand = {"accuracy": (label == predicted).mean(), "macro F1": np.mean(f1)}
-    library = {"accuracy": accuracy_score(label, predicted), "macro F1": macro_f1(label, predicted)}
-    score, positive = predictions["p_malignant"].to_numpy(), label == MALIGNANT
-    if 0 < positive.sum() < len(label):
-        above = score[positive][:, None] - score[~positive][None, :]
-        by_hand["AUC malignant"] = (np.sign(above) + 1).mean() / 2
-        library["AUC malignant"] = roc_auc_score(positive, score)
-    check = pd.DataFrame({"by hand": by_hand, "scikit-learn": library})
-    check["reported"] = metrics["value"]
-    assert np.allclose(check.sub(check["by hand"], axis=0), 0, atol=1e-5), check
-    return check
-
-
-def macro_f1(label, predicted):
-    """Return scikit-learn's macro-F1 over all three classes; one that never occurs counts 0."""
-    return f1_score(label, predicted, average="macro", labels=range(3), zero_division=0)
-
-
-if __name__ == "__main__" and folder:
-    check = check_by_hand(predictions, metrics)
-    common.table(check.round(4), "counted by hand, by scikit-learn, and as reported above")
-    report = pd.DataFrame(
-        classification_report(
-            predictions["label"], predictions["predicted"], labels=range(3),
-            target_names=CLASS_NAMES, output_dict=True, zero_division=0,
-        )
-    ).T  # fmt: skip
-    common.table(report.round(3), f"classification report; {scope}")
-
-
-# %% Look: the curves of the training, and the confusion matrix
-def two_lines(scope):
-    """Break a title before the seed, so that it fits the Plots pane."""
-    return scope.replace(", split seed", ",\nsplit seed")
-
-
-def plot_confusion(predictions, scope):
-    """Draw the confusion matrix, counts with row percentages."""
-    counts = pd.crosstab(predictions["label"], predictions["predicted"])
-    counts = counts.reindex(index=range(3), columns=range(3), fill_value=0)
-    share = counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
-    text = counts.astype(str) + "\n" + (100 * share).round(0).astype(int).astype(str) + " %"
+# %% Look: the confusion matrix
+# Where do the errors go? On MIAS most benign and many malignant films are called normal: two of
+# three films are.
+if __name__ == "__main__" and judging:
     figure, axis = plt.subplots(figsize=(5.4, 4.4), layout="constrained")
-    sns.heatmap(share, annot=text, fmt="", cmap="Blues", vmin=0, vmax=1, ax=axis, square=True,
-                xticklabels=CLASS_NAMES, yticklabels=CLASS_NAMES,
-                cbar_kws={"label": "share of the true class"})  # fmt: skip
-    axis.set(xlabel="predicted", ylabel="true")
-    axis.set_title(two_lines(scope), fontsize=8)
-    return figure
-
-
-if __name__ == "__main__" and folder:
-    history = pd.read_csv(folder / "history.csv")
-    note = " - SYNTHETIC PHANTOMS" if record["synthetic"] else ""
-    figure = training.plot_history(history, f"{folder.name}: dots mark the epochs kept{note}")
-    common.show(figure, folder / "figures" / "history.png")
-    figure = plot_confusion(predictions, scope)
-    common.show(figure, folder / "figures" / "confusion.png")
+    confusion = ConfusionMatrixDisplay.from_predictions(
+        predictions["label"], predictions["predicted"], labels=range(3),
+        display_labels=CLASS_NAMES, cmap="Blues", ax=axis,
+    )  # fmt: skip
+    axis.set_title(scope, fontsize=8)
+    common.show(figure, judged_run / "figures" / "confusion.png")
 
 
 # %% Look: beside the seed project's claim and beside always answering "normal"
-def beside_the_claim(metrics, predictions):
-    """Return accuracy, malignant recall and macro-F1 beside the claim and the trivial answer."""
+# Always answering normal has an accuracy of 0.64 on MIAS: a figure means something only beside
+# that. The claim is the one that the project began with; nobody has shown how it was measured.
+if __name__ == "__main__" and judging:
     label = predictions["label"]
     trivial = pd.Series(NORMAL, label.index)
-    always = {"accuracy": accuracy_score(label, trivial), "malignant recall": 0.0,
-              "macro F1": macro_f1(label, trivial)}  # fmt: skip
-    rows = metrics.loc[list(CLAIM), ["value", "low", "high"]]
-    return rows.assign(**{"always normal": pd.Series(always), "claim": pd.Series(CLAIM)})
-
-
-def plot_claim(claim, scope):
-    """Draw what `beside_the_claim` returns, with the intervals."""
+    f1 = f1_score(label, trivial, average="macro", labels=range(3), zero_division=0)
+    always = {"accuracy": (label == NORMAL).mean(), "malignant recall": 0.0, "macro F1": f1}
+    claim = metrics.loc[list(CLAIM), ["value", "low", "high"]]
+    claim = claim.assign(**{"always normal": pd.Series(always), "claim": pd.Series(CLAIM)})
+    common.table(claim.round(3), f"the claim has no published protocol; {scope}")
     figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     places = np.arange(len(claim))
     errors = [claim["value"] - claim["low"], claim["high"] - claim["value"]]
@@ -547,65 +456,41 @@ def plot_claim(claim, scope):
     axis.plot(places, claim["always normal"], "_k", ms=28, mew=2, label="always normal")
     axis.set(xticks=places, xticklabels=claim.index, ylim=(0, 1.35), ylabel="test value")
     axis.set_yticks(np.arange(0, 1.1, 0.2))
-    axis.set_title(two_lines(scope), fontsize=8)
+    axis.set_title(scope, fontsize=8)
     axis.legend(fontsize=8, loc="upper center", ncols=3, markerscale=0.6)
-    return figure
-
-
-if __name__ == "__main__" and folder:
-    claim = beside_the_claim(metrics, predictions)
-    common.table(claim.round(3), f"the claim has no published protocol; {scope}")
-    figure = plot_claim(claim, scope)
-    common.show(figure, folder / "figures" / "claim.png")
+    common.show(figure, judged_run / "figures" / "claim.png")
 
 
 # %% Look: the ROC curves, with the operating point on the one for malignant
-def plot_roc(predictions, metrics, recall, scope):
-    """Draw the ROC curves for malignant and abnormal, with chance and the operating point."""
+# Every threshold at once. The dot is the one that validation films chose; it lies on the curve only
+# roughly, since each fold has its own.
+if __name__ == "__main__" and judging:
     label = predictions["label"]
-    curves = {"malignant": (label == MALIGNANT, predictions["p_malignant"]),
-              "abnormal": (label != NORMAL, 1 - predictions["p_normal"])}  # fmt: skip
+    curves = {"malignant": (label == MALIGNANT, predictions["p_malignant"], "#D55E00"),
+              "abnormal": (label != NORMAL, 1 - predictions["p_normal"], "#0072B2")}  # fmt: skip
     figure, axis = plt.subplots(figsize=(5.4, 4.6), layout="constrained")
-    for (name, (positive, score)), colour in zip(curves.items(), ("#D55E00", "#0072B2")):
+    for name, (positive, score, colour) in curves.items():
         if 0 < positive.sum() < len(positive):
             fpr, tpr, _ = roc_curve(positive, score)
             value, low, high = metrics.loc[f"AUC {name}", ["value", "low", "high"]]
             text = f"{name}: AUC {value:.2f} ({low:.2f} to {high:.2f})"
             axis.plot(fpr, tpr, color=colour, label=text)
     point = metrics.loc[["specificity at the point", "recall at the point"], "value"]
-    axis.plot(1 - point.iloc[0], point.iloc[1], "o", color="black",
-              label=f"threshold from validation, wanted recall {recall}")  # fmt: skip
+    axis.plot(1 - point.iloc[0], point.iloc[1], "ok", label="threshold from validation")
     axis.plot([0, 1], [0, 1], "--", color="#999999", label="chance")
     axis.set(xlabel="1 - specificity", ylabel="sensitivity (recall)", aspect="equal")
-    axis.set_title(two_lines(scope), fontsize=8)
+    axis.set_title(scope, fontsize=8)
     axis.legend(fontsize=8, loc="lower right")
-    return figure
-
-
-if __name__ == "__main__" and folder:
-    figure = plot_roc(predictions, metrics, settings.recall, scope)
-    common.show(figure, folder / "figures" / "roc.png")
+    common.show(figure, judged_run / "figures" / "roc.png")
 
 
 # %% Calibration: do probabilities mean what they say, before and after the temperature
+# Of films that are said to be malignant with 0.3, three in ten should be. Before: logits as
+# trained. After: with class frequencies and temperature (Guo et al., ICML 2017).
 def calibration_errors(probabilities, labels, bins=10):
-    """Return the multi-class Brier score and the expected calibration error.
+    """Return the multi-class Brier score and the expected calibration error (Guo et al., 2017).
 
-    Parameters
-    ----------
-    probabilities : ndarray, shape (n, 3)
-        Predicted.
-    labels : ndarray of int, shape (n,)
-        True.
-    bins : int
-        Equal steps of the highest probability (Guo et al., ICML 2017).
-
-    Returns
-    -------
-    brier : float
-        0 (perfect) to 2; 0.667 for always a third each.
-    ece : float
-        0 to 1, mean distance of confidence and accuracy.
+    Of probabilities (n, 3) and labels (n,); 0 is perfect, a third each has a Brier score of 0.667.
     """
     brier = float(((probabilities - np.eye(3)[labels]) ** 2).sum(1).mean())
     confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
@@ -614,22 +499,7 @@ def calibration_errors(probabilities, labels, bins=10):
     return brier, float(sum(gaps) / len(labels))
 
 
-def plot_calibration(versions, labels, title):
-    """Draw the reliability diagram of several {name: probabilities (n, 3)}."""
-    figure, axis = plt.subplots(figsize=(4.8, 4.4), layout="constrained")
-    for (name, p), colour in zip(versions.items(), ("#999999", "#0072B2")):
-        share, confidence = calibration_curve(p.argmax(1) == labels, p.max(1), n_bins=10)
-        brier, ece = calibration_errors(p, labels)
-        text = f"{name}: Brier {brier:.2f}, ECE {ece:.2f}"
-        axis.plot(confidence, share, "o-", color=colour, label=text)
-    axis.plot([0, 1], [0, 1], "--", color="black", lw=1, label="perfect")
-    axis.set(xlabel="highest probability", ylabel="share of right answers", xlim=(0.3, 1))
-    axis.set_title(title, fontsize=9)
-    axis.legend(fontsize=8)
-    return figure
-
-
-if __name__ == "__main__" and folder:
+if __name__ == "__main__" and judging:
     label = predictions["label"].to_numpy()
     versions = {
         "before": network.probabilities(reading.logits, 1.0, torch.ones(3)),
@@ -637,19 +507,26 @@ if __name__ == "__main__" and folder:
     }
     errors = {name: calibration_errors(p, label) for name, p in versions.items()}
     calibration = pd.DataFrame(errors, index=["Brier score", "ECE"])
-    common.table(calibration.round(3), f"calibration before and after the temperature; {scope}")
-    figure = plot_calibration(versions, label, f"Reliability, n = {len(label)} films{note}")
-    common.show(figure, folder / "figures" / "calibration.png")
+    common.table(calibration.round(3), f"calibration before and after; {scope}")
+    figure, axis = plt.subplots(figsize=(4.8, 4.4), layout="constrained")
+    for (name, p), colour in zip(versions.items(), ("#999999", "#0072B2")):
+        share, confidence = calibration_curve(p.argmax(1) == label, p.max(1), n_bins=10)
+        text = f"{name}: Brier {errors[name][0]:.2f}, ECE {errors[name][1]:.2f}"
+        axis.plot(confidence, share, "o-", color=colour, label=text)
+    axis.plot([0, 1], [0, 1], "--", color="black", lw=1, label="perfect")
+    axis.set(xlabel="highest probability", ylabel="share of right answers", xlim=(0.3, 1))
+    axis.set_title(f"Reliability; {scope}", fontsize=8)
+    axis.legend(fontsize=8)
+    common.show(figure, judged_run / "figures" / "calibration.png")
 
 
 # %% By group: which findings, tissues and sizes are found, and which are missed
+# One average hides much: small lesions, calcifications and dense tissue are what is missed. n is
+# small in each group, so the intervals are wide.
 def by_group(predictions, prepared):
     """Return the recall by finding type, tissue and lesion radius, with Wilson intervals.
 
-    Returns
-    -------
-    groups : DataFrame
-        group, value, n, called abnormal, right class, low, high (of "called abnormal").
+    Columns group, value, n, called abnormal, right class, low, high (of "called abnormal").
     """
     films = predictions.merge(prepared.labels[["image", "tissue"]], on="image")
     films = films[films["label"] != NORMAL]
@@ -669,31 +546,27 @@ def by_group(predictions, prepared):
     return pd.DataFrame(rows, columns=columns)
 
 
-def plot_groups(groups, false_alarms, title):
-    """Draw the share called abnormal in each group; the line is that of normal films."""
-    figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
-    names = [f"{g.group} {g.value} (n = {g.n})" for g in groups.itertuples()][::-1]
-    shares = groups["called abnormal"].to_numpy()[::-1]
-    spread = np.abs(groups[["low", "high"]].to_numpy()[::-1].T - shares)
-    colours = groups["group"].map({"finding": "#0072B2", "tissue": "#009E73", "radius": "#CC79A7"})
-    axis.barh(names, shares, xerr=spread, capsize=3, color=colours[::-1])
-    axis.axvline(false_alarms, color="black", ls="--", label="normal films")
-    axis.set(xlabel="share called abnormal", xlim=(0, 1))
-    axis.set_title(title, fontsize=9)
-    axis.legend(fontsize=8, loc="upper right")
-    return figure
-
-
-if __name__ == "__main__" and folder:
-    groups = by_group(predictions, prepared)
+if __name__ == "__main__" and judging:
+    groups = by_group(predictions, run_data)
     common.table(groups.round(2), f"abnormal films and findings, by group; {scope}")
-    if len(groups):
-        false_alarms = (predictions["predicted"] != NORMAL)[predictions["label"] == NORMAL].mean()
-        figure = plot_groups(groups, false_alarms, f"By group, 95 % Wilson intervals{note}")
-        common.show(figure, folder / "figures" / "groups.png")
+    false_alarms = (predictions["predicted"] != NORMAL)[predictions["label"] == NORMAL].mean()
+    figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    shown = groups[::-1]
+    bars = [f"{g.group} {g.value} (n = {g.n})" for g in shown.itertuples()]
+    spread = np.abs(shown[["low", "high"]].to_numpy().T - shown["called abnormal"].to_numpy())
+    colours = shown["group"].map({"finding": "#0072B2", "tissue": "#009E73", "radius": "#CC79A7"})
+    axis.barh(bars, shown["called abnormal"], xerr=spread, capsize=3, color=colours)
+    axis.axvline(false_alarms, color="black", ls="--", label="normal films")
+    axis.set(xlabel="share called abnormal, 95 % Wilson intervals", xlim=(0, 1))
+    axis.set_title(scope, fontsize=8)
+    axis.legend(fontsize=8, loc="upper right")
+    common.show(figure, judged_run / "figures" / "groups.png")
 
 
-# %% Where it looks: Grad-CAM and the map of places, scored by the pointing game
+# %% Where it looks: Grad-CAM and the places' map, scored by the pointing game
+# After Zhang et al., Top-down Neural Attention by Excitation Backprop, ECCV 2016: is the highest
+# place of a map in a radiologist's circle, or within 16 px of the canvas, half a place of the last
+# stage, beyond it? A place is no sharper than that.
 def peaks(maps, size):
     """Return the canvas pixels (x, y) where maps (n, h, w) are highest, shape (n, 2)."""
     h, w = maps.shape[1:]
@@ -703,18 +576,13 @@ def peaks(maps, size):
     return points
 
 
+# %% The pointing game: hits, beside what chance would hit
+# Chance is the share of the breast that would be a hit, so that a large circle is no merit. Two
+# maps are scored: Grad-CAM, and the places' own probabilities.
 def pointing_game(predictions, reading, prepared):
-    """Score whether the highest place of a map lies in the radiologists' circle.
+    """Return a row per usable circle: image, type, cam and places (hit or not), and chance.
 
-    After Zhang et al., Top-down Neural Attention by Excitation Backprop, ECCV 2016. Hits within
-    half a place of the last stage (16 px of the canvas) beyond the circle count: a place is no
-    sharper than that.
-
-    Returns
-    -------
-    points : DataFrame
-        A row per usable circle: image, type, cam, places (hit or not), chance (share of the
-        breast's pixels that would be a hit).
+    Chance is the share of the breast's pixels that would be a hit.
     """
     tolerance, size = 16, prepared.films.shape[1:]
     found = {"cam": peaks(reading.cams, size), "places": peaks(reading.places, size)}
@@ -732,39 +600,19 @@ def pointing_game(predictions, reading, prepared):
     return pd.DataFrame(rows, columns=["image", "type", "cam", "places", "chance"])
 
 
-def draw_film(axis, image, overlay, prepared):
-    """Draw a film with a map over its breast and the radiologists' circles, in film pixels.
-
-    Parameters
-    ----------
-    axis : matplotlib Axes
-        Where to draw.
-    image : str
-        Name of the film in `prepared`; the original is read again.
-    overlay : ndarray of float, shape (h, w)
-        Over the canvas.
-    prepared : Prepared
-        The films, the geometry and the circles.
-    """
-    row = prepared.table[prepared.table["image"] == image].iloc[0]
-    g = prepare.Geometry(*row[list(prepare.Geometry._fields)])
-    size = prepared.films.shape[1:]
-    try:
-        film = common.read_film(row["file"])
-    except UserError:  # the originals were moved; the canvas still has the breast
-        film = canvas_on_film(prepared.films[row.name], g, size)
-    draw_heat(axis, film, canvas_on_film(overlay, g, size))
-    for c in prepared.findings[prepared.findings["image"] == image].dropna().itertuples():
-        axis.add_patch(plt.Circle((c.x, c.y), c.radius, fill=False, color="#56B4E9", lw=1.2))
+if __name__ == "__main__" and judging:
+    points = pointing_game(predictions, reading, run_data)
+    pointing = pd.DataFrame(
+        {name: [len(points), points[name].mean(), *wilson(int(points[name].sum()), len(points)),
+                points["chance"].mean()] for name in ("cam", "places")},
+        index=["n", "hits", "low", "high", "chance"],
+    ).T  # fmt: skip
+    common.table(pointing.round(3), f"pointing game over {len(points)} usable circles")
 
 
-def draw_heat(axis, film, heat):
-    """Draw a heat map over a film of the same shape, clearer where it is cold."""
-    axis.imshow(film, cmap="gray", vmin=0, vmax=255)
-    axis.imshow(heat, cmap="inferno", alpha=0.6 * np.clip(heat / max(heat.max(), 1e-9), 0, 1))
-    axis.set(xticks=[], yticks=[])
-
-
+# %% From canvas to film: a map over a film
+# Maps are computed on the canvas and shown on the film as the radiologist knows it, unmirrored and
+# uncropped.
 def canvas_on_film(values, g, size):
     """Carry an array over the canvas (h, w) back to the film, (film_height, film_width)."""
     tensor = torch.as_tensor(np.asarray(values, np.float32))[None, None]
@@ -778,79 +626,70 @@ def canvas_on_film(values, g, size):
     return film
 
 
-def pointing_table(points):
-    """Return the share of hits of each map with its Wilson interval, beside chance."""
-    rows = {}
-    for name in ("cam", "places"):
-        low, high = wilson(int(points[name].sum()), len(points))
-        rows[name] = {"n": len(points), "hits": points[name].mean(), "low": low, "high": high,
-                      "chance": points["chance"].mean()}  # fmt: skip
-    return pd.DataFrame(rows).T
+def draw_heat(axis, film, heat):
+    """Draw a heat map over a film of the same shape, clearer where it is cold."""
+    axis.imshow(film, cmap="gray", vmin=0, vmax=255)
+    axis.imshow(heat, cmap="inferno", alpha=0.6 * np.clip(heat / max(heat.max(), 1e-9), 0, 1))
+    axis.set(xticks=[], yticks=[])
 
 
-if __name__ == "__main__" and folder:
-    points = pointing_game(predictions, reading, prepared)
-    pointing = pointing_table(points)
-    common.table(pointing.round(3), f"pointing game over {len(points)} usable circles")
+# %% Look: the surest hits, the worst misses and the false alarms, with Grad-CAM and places
+# The films that a reader should see first: what it found, what it missed, and where it cried wolf.
+def draw_film(axis, image, overlay, prepared):
+    """Draw a prepared film, a map (h, w) over its canvas and its circles, in film pixels."""
+    row = prepared.table[prepared.table["image"] == image].iloc[0]
+    g = prepare.Geometry(*row[list(prepare.Geometry._fields)])
+    size = prepared.films.shape[1:]
+    try:
+        film = common.read_film(row["file"])
+    except UserError:  # the originals were moved; the canvas still has the breast
+        film = canvas_on_film(prepared.films[row.name], g, size)
+    draw_heat(axis, film, canvas_on_film(overlay, g, size))
+    for c in prepared.findings[prepared.findings["image"] == image].dropna().itertuples():
+        axis.add_patch(plt.Circle((c.x, c.y), c.radius, fill=False, color="#56B4E9", lw=1.2))
 
 
-# %% Look: the surest hits, the worst misses and the false alarms
-def plot_sheet(predictions, maps, prepared, title):
-    """Draw maps (n, h, w) of the predicted films over the five most telling ones of each kind."""
-    malignant = predictions[predictions["label"] == MALIGNANT].sort_values("p_malignant")
-    normal = predictions[predictions["label"] == NORMAL].sort_values("p_malignant")
-    sheet = {
-        "surest hits": malignant[::-1],
-        "worst misses": malignant,
-        "false alarms": normal[::-1],
-    }
-    figure, axes = plt.subplots(3, 5, figsize=(9, 6.6), layout="constrained")
-    for (kind, films), line in zip(sheet.items(), axes):
-        for axis in line:
-            axis.axis("off")
-        for axis, (n, row) in zip(line, films.head(5).iterrows()):
-            axis.axis("on")
-            draw_film(axis, row["image"], maps[n], prepared)
-            axis.set_title(f"{row['image']}  p = {row['p_malignant']:.2f}", fontsize=8)
-        line[0].set_ylabel(kind)
-    figure.suptitle(title, fontsize=10)
-    return figure
+if __name__ == "__main__" and judging:
+    ranked = predictions.sort_values("p_malignant")
+    malignant, normal = (ranked[ranked["label"] == code] for code in (MALIGNANT, NORMAL))
+    sheet = {"surest hits": malignant[::-1], "worst misses": malignant,
+             "false alarms": normal[::-1]}  # fmt: skip
+    for kind, maps in {"Grad-CAM": reading.cams, "Places": reading.places}.items():
+        figure, axes = plt.subplots(3, 5, figsize=(9, 6.6), layout="constrained")
+        for (name, films), line in zip(sheet.items(), axes):
+            for axis, (n, row) in zip(line, films.head(5).iterrows()):
+                draw_film(axis, row["image"], maps[n], run_data)
+                axis.set_title(f"{row['image']}  p = {row['p_malignant']:.2f}", fontsize=8)
+            for axis in line[len(films) :]:
+                axis.axis("off")
+            line[0].set_ylabel(name)
+        figure.suptitle(
+            f"{kind}, p of malignant, blue: the radiologists' circles; {scope}", fontsize=8
+        )
+        file_name = {"Grad-CAM": "gradcam.png", "Places": "places.png"}[kind]
+        common.show(figure, judged_run / "figures" / file_name)
 
 
-if __name__ == "__main__" and folder:
-    title = f"p of malignant; blue: the radiologists' circles{note}"
-    figure = plot_sheet(predictions, reading.cams, prepared, f"Grad-CAM, {title}")
-    common.show(figure, folder / "figures" / "gradcam.png")
-    figure = plot_sheet(predictions, reading.places, prepared, f"Places, {title}")
-    common.show(figure, folder / "figures" / "places.png")
+# %% Your own films: like those that the models know, or not
+# A film from another scanner may look like nothing that the network knows, and it would answer all
+# the same. That cannot be forbidden, but it can be said.
+def unlike(canvas, statistics):
+    """Name the measures of a film that lie outside the range of 99 % of the training films."""
+    own = data.film_statistics(canvas[None]).iloc[0]
+    return ", ".join(
+        f"{name} {own[name]:.2f} (theirs {low:.2f} to {high:.2f})"
+        for name, (low, high) in statistics.items()
+        if not low <= own[name] <= high
+    )
 
 
-# %% Your own film: put its path between the quotes and run this cell
-def read_own_films(paths, folder, record, settings):
-    """Read films that are in no database: probabilities, decision, and where the models looked.
-
-    Parameters
-    ----------
-    paths : sequence of str or Path
-        PGM, PNG, JPEG or TIFF, 8 or 16 bit, any size; ``.dcm`` where pydicom is installed.
-    folder : Path
-        runs/<run>; the probabilities are the mean over its folds' models.
-    record : dict
-        Its settings.json.
-    settings : Settings
-        laterality, pair and recall count.
-
-    Returns
-    -------
-    own : DataFrame
-        image, p_benign, p_normal, p_malignant (calibrated), predicted, threshold, recalled, note.
-    figures : list of Figure
-        One a film: the film, Grad-CAM and the map of places over it.
-    """
+# %% Your own films: on the canvas, as those that the run was trained on
+# The same crop and the same canvas as in step 1. Of a pair, the first film's laterality settles the
+# second's.
+def place_own_films(paths, settings, size):
+    """Return the films of paths and, for each, its canvas and Geometry."""
     if settings.pair and len(paths) != 2:
         raise UserError(f"--pair takes the two films of one person, found {len(paths)}")
-    folds = load_folds(folder, record, settings.device)
-    size = tuple(record["data"]["size"])
     films = [common.read_film(path) for path in paths]
     sides, placed = [settings.laterality] * len(films), []
     if settings.pair and settings.laterality:
@@ -862,15 +701,33 @@ def read_own_films(paths, folder, record, settings):
             raise UserError(f"{path}: {error}; is it a mammogram of one breast?") from None
     if settings.pair and placed[0][1].mirrored == placed[1][1].mirrored:
         common.warn("both films look like the same breast; name the first one's --laterality")
+    return films, placed
+
+
+# %% Your own films: read by the models of all folds, whose probabilities are averaged
+# No model is better than the others, so their probabilities are averaged, and so are their
+# thresholds. A film that comes alone is judged alone.
+def read_own_films(paths, folder, record, settings):
+    """Read films that are in no database by a run (its folder and settings.json).
+
+    Returns
+    -------
+    own : DataFrame
+        image, p_benign, p_normal, p_malignant (calibrated), predicted, threshold, recalled, note.
+    figures : list of Figure
+        One a film: the film, Grad-CAM and the map of places over it.
+    """
+    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    folds, size = load_folds(folder, record, settings.device), tuple(record["data"]["size"])
+    films, placed = place_own_films(paths, settings, size)
     canvases = np.stack([canvas for canvas, _ in placed])
     dataset = data.MammogramDataset.of_canvases(canvases)
-    progress = common.Progress(len(folds) * len(films), "reading")
-    readings = [network.read_films(f.model, dataset, 1, torch.float32, progress) for f in folds]
-    progress.close()
+    bar = common.Progress(len(folds) * len(films), "reading")
+    readings = [network.predict(f.model, dataset, 1, progress=bar, maps=True) for f in folds]
+    bar.close()
     couple = {"patient": [0] * len(films), "laterality": ["left", "right"][: len(films)]}
-    p = np.mean(
-        [f.probabilities(r.logits, couple, settings.pair) for f, r in zip(folds, readings)], axis=0
-    )
+    p = np.mean([f.probabilities(r.logits, couple if settings.pair else None, settings.pair)
+                 for f, r in zip(folds, readings)], axis=0)  # fmt: skip
     own = pd.DataFrame(p, columns=PROBABILITIES)
     own.insert(0, "image", [str(path) for path in paths])
     own["predicted"] = [CLASS_NAMES[code] for code in p.argmax(1)]
@@ -881,43 +738,34 @@ def read_own_films(paths, folder, record, settings):
     for row in own[own["note"] != ""].itertuples():
         common.warn(f"{row.image} is {row.note}; the models were never tried on such films")
     cams, places = (np.mean([r[part] for r in readings], axis=0) for part in (1, 2))
-    figures = []
-    for n, (film, (_, g)) in enumerate(zip(films, placed)):
-        figure, axes = plt.subplots(1, 3, figsize=(9, 4.2), layout="constrained")
-        draw_heat(axes[0], film, np.zeros(film.shape))
-        draw_heat(axes[1], film, canvas_on_film(cams[n], g, size))
-        draw_heat(axes[2], film, canvas_on_film(places[n], g, size))
-        titles = [Path(paths[n]).name, "Grad-CAM", "lesion, place by place"]
-        for axis, title in zip(axes, titles):
-            axis.set_title(title, fontsize=9)
-        said = ", ".join(f"{name} {value:.2f}" for name, value in zip(CLASS_NAMES, p[n]))
-        figure.suptitle(f"{said}. {common.DISCLAIMER}", fontsize=8)
-        figures.append(figure)
+    figures = [
+        plot_own_film(own.iloc[n], film, g, size, cams[n], places[n])
+        for n, (film, (_, g)) in enumerate(zip(films, placed))
+    ]
     return own, figures
 
 
-def unlike(canvas, statistics):
-    """Name the measures of a film that lie outside the range of 99 % of the training films.
-
-    The measures are those of `film_statistics` in step 2: the share of the canvas that the
-    breast covers, and the mean and the standard deviation of its grey values.
-    """
-    own = data.film_statistics(canvas[None]).iloc[0]
-    return ", ".join(
-        f"{name} {own[name]:.2f} (theirs {low:.2f} to {high:.2f})"
-        for name, (low, high) in statistics.items()
-        if not low <= own[name] <= high
-    )
+# %% Your own films: the picture, and the reading; settings.image = "film.png", then run this cell
+# Which settings.laterality and settings.pair apply, see the Settings cell. Probabilities of a model
+# are no diagnosis.
+def plot_own_film(row, film, geometry, size, cam, places):
+    """Draw a film of one's own, Grad-CAM and the map of places over it."""
+    figure, axes = plt.subplots(1, 3, figsize=(9, 4.2), layout="constrained")
+    heats = {Path(row["image"]).name: np.zeros(size), "Grad-CAM": cam, "places": places}
+    for axis, (title, heat) in zip(axes, heats.items()):
+        draw_heat(axis, film, canvas_on_film(heat, geometry, size))
+        axis.set_title(title, fontsize=9)
+    said = ", ".join(f"{name} {row[f'p_{name}']:.2f}" for name in CLASS_NAMES)
+    figure.suptitle(f"{said}. {common.DISCLAIMER}", fontsize=8)
+    return figure
 
 
 if __name__ == "__main__":
-    own_film = ""  # the path of your film
-    if settings.image or own_film:
-        own_folder, own_record = find_run(settings.run)
-        own, figures = read_own_films(
-            settings.image or (own_film,), own_folder, own_record, settings
-        )
-        for number, (path, figure) in enumerate(zip(own["image"], figures), start=1):
+    common.check_settings(settings, "05_evaluate.py")
+    if settings.image:
+        own_folder, own_record = open_run(settings.run)
+        own, own_figures = read_own_films(settings.image, own_folder, own_record, settings)
+        for number, (path, figure) in enumerate(zip(own["image"], own_figures), start=1):
             name = f"{number:02d}-{Path(path).stem}.png"  # numbered: two films may share a name
             common.show(figure, own_folder / "own-films" / name)
         common.write_csv(own, own_folder / "own-films" / "predictions.csv")
@@ -927,15 +775,10 @@ if __name__ == "__main__":
 
 
 # %% Compare runs: name two of them, or more that repeat one another, in settings.compare
+# Two runs on the same films are compared film by film: the interval of the difference is much
+# narrower than the two intervals side by side.
 def compare_runs(names, resamples, seed):
-    """Put evaluated runs side by side, film by film.
-
-    Parameters
-    ----------
-    names : sequence of str
-        Two runs with a predictions.csv, or more that repeat one another on other splits or seeds.
-    resamples, seed : int
-        Of the bootstrap over patients; every run takes the same ones.
+    """Put evaluated runs side by side, film by film, over the same resampled patients.
 
     Returns
     -------
@@ -978,28 +821,59 @@ def compare_runs(names, resamples, seed):
     return comparison, (*only, mcnemar(*only))
 
 
+# %% Two runs on the same films: McNemar's test
+# It asks of the films that only one run got right whether that could be a coin's work.
 def mcnemar(b, c):
     """Return the exact two-sided p value of b against c discordant films (McNemar 1947)."""
     tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1)) / 2 ** (b + c)
     return min(1.0, 2 * tail)
 
 
-if __name__ == "__main__" and settings.compare:
-    comparison, discordant = compare_runs(settings.compare, settings.resamples, settings.seed)
-    last = comparison.columns[-3]
-    common.table(comparison.round(3), f"over the same patients, 95 % intervals of the {last}")
-    if discordant:
-        print(
-            f"right only in the first {discordant[0]}, only in the second {discordant[1]} films; "
-            f"McNemar p = {discordant[2]:.3f}"
-        )
-    records = [common.read_json(common.runs_dir(run) / "settings.json") for run in settings.compare]
-    if any(record["synthetic"] for record in records):
-        common.banner("SYNTHETIC PHANTOMS: this comparison says nothing about mammograms.")
-    print(common.DISCLAIMER)
+if __name__ == "__main__":
+    common.check_settings(settings, "05_evaluate.py")
+    if settings.compare:
+        comparison, discordant = compare_runs(settings.compare, settings.resamples, settings.seed)
+        last = comparison.columns[-3]
+        common.table(comparison.round(3), f"over the same patients, 95 % intervals of the {last}")
+        if discordant:
+            print(f"right only in the first {discordant[0]}, only in the second {discordant[1]} "
+                  f"films; McNemar p = {discordant[2]:.3f}")  # fmt: skip
+        if any(common.read_record(common.runs_dir(run))["synthetic"] for run in settings.compare):
+            common.banner("SYNTHETIC PHANTOMS: this comparison says nothing about mammograms.")
+        print(common.DISCLAIMER)
 
 
-# %% Report: metrics.json and one HTML file with everything in it
+# %% metrics.json: the headline figures, then every table
+# For programs: what was measured, on how many films and patients, with which seeds and weights.
+if __name__ == "__main__" and judging:
+    common.check_settings(settings, "05_evaluate.py")
+    value = metrics["value"]
+    summary = {
+        "synthetic": judged_record["synthetic"], "run": judged_record["run"],
+        "source": judged_record["source_used"], "weights": judged_record["weights_used"],
+        "recipe": judged_record["recipe"], "seed": judged_record["seed"],
+        "split_seed": judged_record["split_seed"], "note": judged_record["note"],
+        "n": len(predictions), "patients": predictions["patient"].nunique(),
+        "folds": sorted(int(f) for f in predictions["fold"].unique()),
+        "folds_of_the_split": judged_record["data"]["folds"],
+        "shuffled_labels": judged_record["shuffle_labels"],
+        "accuracy": value["accuracy"], "macro_f1": value["macro F1"],
+        "malignant_recall": value["malignant recall"],
+        "recall_per_class": {c: value[f"{c} recall"] for c in CLASS_NAMES},
+        "confusion_matrix": confusion.confusion_matrix, "metrics": metrics.T.to_dict(),
+        "metrics_film_alone": metrics_alone.T.to_dict(),
+        "resamples": settings.resamples, "wanted_recall": settings.recall,
+        "thresholds": thresholds.to_dict("records"),
+        "temperatures": [{"fold": f.number, **f.temperature} for f in fold_models],
+        "calibration": calibration.to_dict(), "pointing_game": pointing.T.to_dict(),
+        "disclaimer": common.DISCLAIMER,
+    }  # fmt: skip
+    common.write_json(summary, judged_run / "metrics.json")
+
+
+# %% Report: one HTML file with everything in it
+# For people: the model card, all tables and all figures, to be sent or printed as it is. It names
+# the limits before the figures.
 MODEL_CARD = """
 <p>{disclaimer}</p>
 <ul><li>Data: {source}. {scope}</li>
@@ -1013,86 +887,34 @@ other breast where that is there; the figures of each film alone stand in a tabl
 few malignant films, hence wide intervals; no other hospital or scanner was tried.</li></ul>"""
 
 
-def metrics_json(metrics, alone, predictions, record, thresholds, calibration, pointing, settings):
-    """Return what metrics.json holds: the headline figures, then every table."""
-    counts = pd.crosstab(predictions["label"], predictions["predicted"])
-    counts = counts.reindex(index=range(3), columns=range(3), fill_value=0)
-    value = metrics["value"]
-    return {
-        "synthetic": record["synthetic"], "run": record["run"], "source": record["source_used"],
-        "weights": record["weights_used"], "recipe": record["recipe"], "seed": record["seed"],
-        "split_seed": record.get("split_seed"),
-        "n": len(predictions), "patients": predictions["patient"].nunique(),
-        "folds": sorted(int(f) for f in predictions["fold"].unique()),
-        "folds_of_the_split": record["data"]["folds"], "shuffled_labels": record["shuffle_labels"],
-        "accuracy": value["accuracy"], "macro_f1": value["macro F1"],
-        "malignant_recall": value["malignant recall"],
-        "recall_per_class": {c: value[f"{c} recall"] for c in CLASS_NAMES},
-        "confusion_matrix": counts.to_numpy(), "metrics": metrics.T.to_dict(),
-        "metrics_film_alone": alone.T.to_dict(),
-        "resamples": settings.resamples, "wanted_recall": settings.recall,
-        "thresholds": thresholds.to_dict("records"), "calibration": calibration.to_dict(),
-        "pointing_game": pointing.T.to_dict(), "disclaimer": common.DISCLAIMER,
-    }  # fmt: skip
+STYLE = """body{font:15px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}
+td,th{padding:.2em .8em;text-align:right}img{max-width:100%}pre{overflow-x:auto}"""
 
-
-def write_report(folder, record, scope, tables):
-    """Write report.html: the model card, tables and figures in one file without links.
-
-    Parameters
-    ----------
-    folder : Path
-        runs/<run>, with its figures.
-    record : dict
-        settings.json.
-    scope : str
-        n, folds, seed and weights in words.
-    tables : dict of str to DataFrame
-        By title.
-    """
+if __name__ == "__main__" and judging:
     card = MODEL_CARD.format(
-        disclaimer=common.DISCLAIMER,
-        source=record["source_used"],
-        scope=html.escape(scope),
-        recipe=record["recipe"],
-        weights=html.escape(record["weights_used"]),
-    )
-    parts = [f"<h1>{html.escape(folder.name)}</h1>", card]
-    for title, frame in tables.items():
-        rows = frame.round(3).to_html(border=0, na_rep="")
-        parts.append(f"<h2>{html.escape(title)}</h2>{rows}")
-    for path in sorted((folder / "figures").glob("*.png")):
+        disclaimer=common.DISCLAIMER, source=judged_record["source_used"],
+        scope=html.escape(scope), recipe=judged_record["recipe"],
+        weights=html.escape(judged_record["weights_used"]),
+    )  # fmt: skip
+    sections = [f"<h1>{html.escape(judged_run.name)}</h1>", card]
+    for title, frame in {
+        "Metrics": metrics, "Without and with the other breast": other_breast,
+        "Beside the claim": claim, "Classification report": report, "Thresholds": thresholds,
+        "Chosen on validation": chosen_on_validation, "Calibration": calibration,
+        "By group": groups, "Pointing game": pointing,
+    }.items():  # fmt: skip
+        sections.append(f"<h2>{title}</h2>{frame.round(3).to_html(border=0, na_rep='')}")
+    for path in sorted((judged_run / "figures").glob("*.png")):
         picture = base64.b64encode(path.read_bytes()).decode()
-        alt = path.stem
-        parts.append(f'<h2>{alt}</h2><img alt="{alt}" src="data:image/png;base64,{picture}">')
-    parts.append(f"<h2>Settings</h2><pre>{html.escape(str(pd.Series(record).to_string()))}</pre>")
-    style = (
-        "body{font:15px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
-        "td,th{padding:.2em .8em;text-align:right}img{max-width:100%}pre{overflow-x:auto}"
-    )
+        image = f'<img alt="{path.stem}" src="data:image/png;base64,{picture}">'
+        sections.append(f"<h2>{path.stem}</h2>{image}")
+    listed = html.escape(pd.Series(judged_record).to_string())
+    sections.append(f"<h2>Settings</h2><pre>{listed}</pre>")
     page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{folder.name}</title>'
-        f"<style>{style}</style><body>{''.join(parts)}</body></html>"
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{judged_run.name}</title>'
+        f"<style>{STYLE}</style><body>{''.join(sections)}</body></html>"
     )
-    with common.replacing(folder / "report.html") as temporary:
+    with common.replacing(judged_run / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
-
-
-if __name__ == "__main__" and folder:
-    values = metrics_json(
-        metrics, metrics_alone, predictions, record, thresholds, calibration, pointing, settings
-    )
-    common.write_json(values, folder / "metrics.json")
-    tables = {
-        "Metrics": metrics,
-        "Without and with the other breast": other_breast,
-        "Beside the claim": claim,
-        "Classification report": report,
-        "Thresholds": thresholds,
-        "Calibration": calibration,
-        "By group": groups,
-        "Pointing game": pointing,
-    }
-    write_report(folder, record, scope, tables)
-    print(f"wrote predictions.csv, metrics.json and report.html in {folder}")
+    print(f"wrote predictions.csv, metrics.json and report.html in {judged_run}")
     print(common.DISCLAIMER)

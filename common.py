@@ -1,7 +1,7 @@
-"""The tool drawer of the five scripts: nothing in here is about mammograms as such.
+"""The tool drawer of the five scripts; nothing in here knows a network, a loss or a metric.
 
 Sections: names and folders; errors; settings and the command line; files that are never half
-written; reading films; what a session shows; device, precision and team; phantoms.
+written; reading films; what was prepared; what a session shows; device and processes; phantoms.
 """
 
 import atexit
@@ -17,6 +17,7 @@ import json
 import os
 import pickle
 import re
+import runpy
 import shutil
 import sys
 import threading
@@ -38,7 +39,8 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 # ---------------------------------------------------------------------- names and folders
 
 CLASS_NAMES = ("benign", "normal", "malignant")
-BENIGN, NORMAL, MALIGNANT = 0, 1, 2
+BENIGN, NORMAL, MALIGNANT = range(3)
+SEVERITY = (NORMAL, BENIGN, MALIGNANT)  # from harmless to worst
 COLOURS = {"benign": "#0072B2", "normal": "#999999", "malignant": "#D55E00"}  # Okabe and Ito, 2008
 DISCLAIMER = "For research and teaching only. Not a medical device, not for diagnosis."
 PROJECT = Path(__file__).resolve().parent
@@ -118,6 +120,35 @@ def quiet_excepthook(kind, error, trace):
 # ---------------------------------------------------------------------- settings, command line
 
 
+@dataclasses.dataclass
+class SeedSettings:
+    """What every script has."""
+
+    seed: int = 0  # of every random choice in this script
+
+
+@dataclasses.dataclass
+class BatchSettings(SeedSettings):
+    """What a script has that takes films in batches."""
+
+    batch_size: int = 8  # films in a batch
+
+
+@dataclasses.dataclass
+class RunSettings(BatchSettings):
+    """What a script has that works on a run."""
+
+    run: str = ""  # name under runs/; empty: a new one in step 4, the newest in step 5
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    precision: typing.Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where hardware has it
+
+
+def check_settings(settings, script):
+    """Refuse the settings of another script: in one console all are called `settings`."""
+    if getattr(settings, "script", "") != script:
+        raise UserError(f"run the Settings cell of {script} first")
+
+
 def in_ipython():
     """Tell whether the code runs in IPython: Spyder's console, VS Code or a notebook."""
     return "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None
@@ -143,7 +174,8 @@ def command_line(settings_class, description):
     Parameters
     ----------
     settings_class : type
-        A dataclass whose fields are bool, int, float, str, a Literal or a tuple of str.
+        A dataclass whose fields are bool, int, float, str, a Literal or a tuple of str; its
+        attribute `script` is the file's name.
     description : str
         The script's docstring, shown by ``--help``.
 
@@ -165,7 +197,9 @@ def command_line(settings_class, description):
     parser = _Parser(
         description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    source = inspect.getsource(settings_class)
+    classes = filter(dataclasses.is_dataclass, reversed(settings_class.__mro__))
+    for_help = {"-h", "--help"} & set(sys.argv)  # reading the comments takes a while
+    source = "".join(map(inspect.getsource, classes if for_help else ()))
     comments = dict(re.findall(r"^\s+(\w+): .*?  # (.*)$", source, flags=re.MULTILINE))
     for field in dataclasses.fields(settings_class):
         flag = "--" + field.name.replace("_", "-")
@@ -189,6 +223,16 @@ def command_line(settings_class, description):
     values = vars(parser.parse_args())
     values.pop("debug")
     return settings_class(**values)
+
+
+def run_step(name, *arguments):
+    """Run an earlier script as a file, in this process, with its default settings."""
+    path, before = str(PROJECT / name), sys.argv
+    try:
+        sys.argv = [path, *arguments]
+        runpy.run_path(path, run_name="__main__")
+    finally:
+        sys.argv = before
 
 
 # ---------------------------------------------------------------------- files, never half written
@@ -295,6 +339,11 @@ def fingerprint(*parts):
     """Return a short sha256 (16 hex digits) of values, for telling whether two things differ."""
     text = json.dumps(parts, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_digest(path):
+    """Return a file's sha256, 64 hex digits."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def read_checkpoint(path):
@@ -437,20 +486,152 @@ def _read_dicom(path):
     return pixels.max() - pixels if inverted else pixels
 
 
-def in_threads(function, items, label, workers=None):
-    """Apply `function` to every item on all cores, with a progress line, in order.
+def film_paths(folder):
+    """Return the film files of a folder, sorted by name."""
+    paths = (path for path in Path(folder).iterdir() if not path.name.startswith("."))
+    return sorted(path for path in paths if path.suffix.lower() in FILM_SUFFIXES)
+
+
+def in_threads(function, items, label):
+    """Apply a function to every item on all cores, with a progress line; return a list, in order.
 
     Threads suffice: decoding, resizing and hashing release Python's lock, and threads work
     alike in a cell, a script and on Windows.
     """
-    progress = Progress(len(items), label)
-    results = []
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    progress, results = Progress(len(items), label), []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         for result in pool.map(function, items):
             results.append(result)
             progress.step()
     progress.close()
     return results
+
+
+# ---------------------------------------------------------------------- what was prepared, runs
+
+
+class Prepared(typing.NamedTuple):
+    """What step 1 leaves for the next ones; all tables have the films' order."""
+
+    source: str  # "mias", "phantom" or "own"
+    folder: Path  # data/<source>
+    films: np.ndarray  # uint8 memory map, (n_films, height, width)
+    table: pd.DataFrame  # films.csv: image, file, digest and the geometry
+    labels: pd.DataFrame  # labels.csv
+    findings: pd.DataFrame  # findings.csv, in film and in canvas pixels
+    splits: pd.DataFrame  # splits.csv: image, patient, fold
+    fingerprint: str  # of pixels, labels and findings
+    split_seed: int  # that dealt the patients into folds
+    note: str  # in what the labels, films or folds differ from the database's; "" if in nothing
+
+    def identity(self):
+        """Return what a run notes of its data and split, and what must be the same on resume."""
+        return {
+            "source": self.source,
+            "films": len(self.films),
+            "size": list(self.films.shape[1:]),
+            "pixels_and_labels": self.fingerprint,
+            "split": fingerprint(self.splits.to_csv(index=False)),
+            "folds": int(self.splits["fold"].max()) + 1,
+        }
+
+
+def load_prepared(source):
+    """Open what step 1 prepared; the films are a read-only memory map.
+
+    A labels.csv or splits.csv that was edited by hand is used as it is, and named in `note`.
+
+    Raises
+    ------
+    UserError
+        If the files are not whole or contradict one another, or a patient is in two folds.
+    """
+    folder = data_dir(source)
+    state = read_json(folder / "prepared.json")
+    try:
+        films = np.load(folder / "films.npy", mmap_mode="r")
+        names = ("films.csv", "labels.csv", "findings.csv", "splits.csv")
+        table, labels, findings, splits = (read_table(folder / name) for name in names)
+        edited = [n for n, digest in state["digests"].items() if file_digest(folder / n) != digest]
+        note = "; ".join(filter(None, [state["note"], *(f"{n} edited by hand" for n in edited)]))
+        labels, splits = (  # an editor may have sorted them
+            part.set_index("image").loc[table["image"]].reset_index()[list(part)]
+            for part in (labels, splits)
+        )
+        if not len(films) == len(table) == len(labels) == len(splits):
+            raise ValueError("films and tables differ in length")
+        pixels, seed = state["pixels"], state["split_seed"]
+    except (OSError, ValueError, EOFError, KeyError, IndexError, TypeError) as error:
+        raise UserError(f"{folder} is not whole ({error}); run 01_prepare_data.py again") from None
+    check_tables(labels, splits)
+    content = fingerprint(pixels, labels.to_csv(), findings.round(3).to_csv())
+    tables = table, labels, findings, splits
+    return Prepared(source, folder, films, *tables, content, seed, note)
+
+
+def check_tables(labels, splits):
+    """Refuse tables that contradict themselves, and a split with a patient on both sides."""
+    name = labels["label"].map(dict(enumerate(CLASS_NAMES)))
+    patients = splits.set_index("image")["patient"].reindex(labels["image"]).to_numpy()
+    folds = splits.groupby("patient")["fold"].nunique()
+    for wrong, what in [
+        (labels["image"][name != labels["label_name"]], "label and label_name contradict"),
+        (labels["image"][labels["patient"] != patients], "another patient in splits.csv"),
+        (folds.index[folds > 1], "patients in two folds of splits.csv; their films must share one"),
+        (set(splits["fold"]) ^ set(range(splits["fold"].nunique())), "folds are not 0, 1, 2, ..."),
+    ]:
+        if len(wrong):
+            raise UserError(
+                f"{what}: {listing(wrong)}. Mend labels.csv or splits.csv (in step 1: the tables), "
+                "or run 01_prepare_data.py again"
+            )
+
+
+def open_prepared(source="auto"):
+    """Open what was prepared last, or that of one source; if there is nothing, run step 1."""
+    with first_process_first():
+        pattern = f"{'*' if source == 'auto' else source}/prepared.json"
+        if not any(data_dir().glob(pattern)):
+            print("nothing is prepared yet; running 01_prepare_data.py", flush=True)
+            run_step("01_prepare_data.py", "--source", source)
+    newest = max(data_dir().glob(pattern), key=lambda state: state.stat().st_mtime)
+    prepared = load_prepared(newest.parent.name)
+    announce(prepared)
+    return prepared
+
+
+def announce(prepared):
+    """Say so where figures on these films are not figures on a database as it is."""
+    if prepared.source == "phantom":
+        print("SYNTHETIC PHANTOMS: figures from here on say nothing about mammograms.", flush=True)
+    if prepared.note:
+        warn(f"{prepared.folder}: {prepared.note}; figures are not the database's")
+
+
+def read_table(path):
+    """Read a CSV of ours; names stay text, even 001 and NA."""
+    text = dict.fromkeys(("image", "patient", "digest"), str)
+    numbers = ("x", "y", "radius", "canvas_x", "canvas_y", "canvas_radius")
+    empty = dict.fromkeys(numbers, [""])
+    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=empty)
+
+
+def find_run(name=""):
+    """Return the folder of a run; by default of the one that was written to last."""
+    found = [path.parent for path in runs_dir().glob("*/settings.json")]
+    if not found or name and runs_dir(name) not in found:
+        there = f"there are: {listing(sorted(p.name for p in found))}" if found else "there is none"
+        raise UserError(f"no run {name!r} in {runs_dir()}; {there}; python 04_train.py makes one")
+    newest = max(found, key=lambda folder: max(p.stat().st_mtime for p in folder.glob("*.*")))
+    return runs_dir(name) if name else newest
+
+
+def read_record(folder):
+    """Read settings.json of a run; a run of an earlier version is refused."""
+    record = read_json(folder / "settings.json")
+    if "note" not in record:
+        raise UserError(f"the run {folder.name} was made by an earlier version; train again")
+    return record
 
 
 # ---------------------------------------------------------------------- what a session shows
@@ -554,7 +735,7 @@ def listing(names, most=8):
     return ", ".join(names[:most]) + more
 
 
-# ---------------------------------------------------------------------- device, precision, team
+# ---------------------------------------------------------------------- device and processes
 
 
 def choose_device(name="auto"):
@@ -587,73 +768,34 @@ def choose_precision(name, device):
     return torch.bfloat16 if native else torch.float32
 
 
-class Team(typing.NamedTuple):
-    """The processes that torchrun started, or this one alone."""
-
-    rank: int = 0
-    size: int = 1
-
-    def wait(self):
-        """Wait until all have come here."""
-        if self.size > 1:
-            dist.barrier()
-
-    def first(self, work):
-        """Let rank 0 call `work` before the others do: it makes what they find made."""
-        if self.rank > 0:
-            self.wait()
-        result = work()
-        if self.rank == 0:
-            self.wait()
-        return result
-
-    def collect(self, value):
-        """Return the values of all ranks as a list, on every rank."""
-        values = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(values, value)
-        return values
-
-
-ALONE = Team()
-
-
-def join_team():
-    """Return the Team of this process; to be called once (torchrun sets the environment)."""
+def processes():
+    """Return this process's rank and how many there are: those of torchrun, or (0, 1)."""
     if not dist.is_available() or not dist.is_torchelastic_launched():
-        return ALONE
+        return 0, 1
     if not dist.is_initialized():
         # A process that is done waits for those that still train, however long that takes.
         dist.init_process_group(timeout=datetime.timedelta(days=30))
         atexit.register(dist.destroy_process_group)
-    return Team(dist.get_rank(), dist.get_world_size())
+    return dist.get_rank(), dist.get_world_size()
 
 
-class Stopwatch:
-    """Seconds spent in named phases: ``with watch("forward"): ...``.
+def collect(value):
+    """Return the values of all processes as a list, on each of them; all wait for one another."""
+    values = [value] * processes()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
-    Parameters
-    ----------
-    device : torch.device, optional
-        A GPU works behind the program's back; its work is waited for at the end of a phase.
-    """
 
-    def __init__(self, device=None):
-        self.seconds = {}
-        self.wait = torch.cuda.synchronize if device and device.type == "cuda" else lambda: None
-
-    @contextlib.contextmanager
-    def __call__(self, phase):
-        """Add the time that the block takes to a phase."""
-        start = time.perf_counter()
-        yield
-        self.wait()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-
-    def table(self):
-        """Return a DataFrame with the seconds and the share of every phase, the largest first."""
-        seconds = pd.Series(self.seconds).sort_values(ascending=False)
-        return pd.DataFrame({"seconds": seconds, "share": seconds / seconds.sum()}).round(3)
+@contextlib.contextmanager
+def first_process_first():
+    """Let rank 0 through before the others: it makes what they find made."""
+    rank, count = processes()
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and count > 1:
+        dist.barrier()
 
 
 # ---------------------------------------------------------------------- phantoms

@@ -2,13 +2,16 @@
 
 import importlib
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; pytest-xdist uses the other core
 
+import kernels
 import matplotlib
 import numpy as np
 import pytest
@@ -19,8 +22,42 @@ sys.path.insert(0, str(PROJECT))
 matplotlib.use("Agg")  # in the tests only; in the scripts it would empty the Plots pane
 torch.set_num_threads(1)
 
+common = importlib.import_module("common")
 prepare = importlib.import_module("01_prepare_data")
 SMALL = {"source": "phantom", "patients": 24, "phantom_size": 256, "size": "128x72"}
+
+
+def flags(**settings):
+    """Write settings as a command line; True is a flag alone."""
+    words = []
+    for name, value in settings.items():
+        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return words
+
+
+def run_main(name, **settings):
+    """Run a script in this process, as ``python name --flags`` does; return its variables.
+
+    A UserError, or whatever else ends the script, is raised here. What the script takes from
+    common and from earlier steps can be replaced with monkeypatch.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(PROJECT / name), *flags(**settings)])
+        patch.setattr(sys, "excepthook", sys.excepthook)  # the script sets its own
+        return SimpleNamespace(**runpy.run_path(sys.argv[0], run_name="__main__"))
+
+
+def prepare_data(**settings):
+    """Run step 1 cell by cell, without those that only look; return what it prepared."""
+    path = PROJECT / "01_prepare_data.py"
+    space = {"__name__": "__main__", "__file__": str(path)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        patch.setattr(common, "command_line", lambda kind, description: kind(**settings))
+        for title, code in kernels.split_cells(path):
+            if not title.startswith("Look"):
+                exec(compile(code, str(path), "exec"), space)
+    return space["prepared"]
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +66,7 @@ def prepared_once(tmp_path_factory):
     folder = tmp_path_factory.mktemp("once") / "data"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BCD_DATA_DIR", str(folder))
-        prepare.prepare(prepare.Settings(**SMALL))
+        prepare_data(**SMALL)
     return folder
 
 
@@ -48,7 +85,7 @@ def home(tmp_path, monkeypatch):
 def phantoms(home, prepared_once):
     """Return prepared phantoms in a data folder of the test's own."""
     shutil.copytree(prepared_once, home / "data")
-    return prepare.load_prepared("phantom")
+    return common.load_prepared("phantom")
 
 
 def copy_scripts(folder):

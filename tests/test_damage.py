@@ -1,5 +1,6 @@
 """Bad films, a bad disk and bad moments end with one message, and what was there stays."""
 
+import contextlib
 import errno
 import hashlib
 import multiprocessing
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import prepare
+from conftest import prepare, prepare_data
 from PIL import Image
-from test_prepare import TINY, breast, own_films, refused
+from test_prepare import TINY, breast, moved, own_films, refused, run_cells
 
 import common
 from common import UserError
@@ -25,18 +26,13 @@ def tree(folder):
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def tiny(**changes):
-    """Return the settings of 12 phantom patients, with some changed."""
-    return prepare.Settings(**{**TINY, **changes})
-
-
 @pytest.fixture(scope="module")
 def prepared_tiny(tmp_path_factory):
     """Prepare 12 phantom patients once; return the data folder."""
     data = tmp_path_factory.mktemp("tiny") / "data"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BCD_DATA_DIR", str(data))
-        prepare.prepare(tiny())
+        run_cells(**TINY)
     return data
 
 
@@ -74,16 +70,15 @@ def test_an_unusable_film_is_named_with_its_reason_and_left_out_once_if_allowed(
     choice = own_films(home)
     path = home / "scans" / "000.png"
     path.rename(path.with_suffix(".pgm")).write_bytes(data)
-    labels, _ = prepare.read_own_labels(choice.labels)
-    prepare.plot_crops(labels, choice.images)  # the pictures before the check do not end the run
-    message = refused(prepare.prepare, choice)
+    message = refused(prepare_data, **choice)  # the pictures before the check do not end the run
     assert "000" in message and reason in message and "--allow-partial" in message
     assert "001" not in message and "missing" not in message
     capsys.readouterr()
-    choice.allow_partial = True
-    assert prepare.prepare(choice).labels["image"].tolist() == [f"{n:03d}" for n in range(1, 12)]
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and reason in said[0] and "missing" not in said[0]
+    prepared = run_cells(**choice, allow_partial=True)
+    assert prepared.labels["image"].tolist() == [f"{n:03d}" for n in range(1, 12)]
+    said = capsys.readouterr().err
+    assert said.count("000: ") == 1 and reason in said and "missing" not in said
+    assert prepared.note == "films left out, 11 of 12"
 
 
 def test_every_film_that_is_left_out_is_named_once_with_its_own_reason(home, capsys):
@@ -91,24 +86,22 @@ def test_every_film_that_is_left_out_is_named_once_with_its_own_reason(home, cap
     choice = own_films(home, [*rows, *(f"bad{n},0,q{n}" for n in range(9)), "lost,0,p9"])
     for n in range(9):
         (home / "scans" / f"bad{n}.png").write_bytes(bytes(n))
-    choice.allow_partial = True
-    assert len(prepare.prepare(choice).films) == 12
-    (said,) = capsys.readouterr().err.splitlines()
+    assert len(run_cells(**choice, allow_partial=True).films) == 12
+    said = capsys.readouterr().err
     assert "1 films are missing: lost;" in said
     assert all(said.count(f"bad{n}: ") == 1 and f"({n} bytes)" in said for n in range(9))
 
 
 def test_nothing_but_unusable_films_is_refused_even_if_allowed(home):
     choice = own_films(home)
-    choice.allow_partial = True
     for path in (home / "scans").iterdir():
         path.write_bytes(b"")
-    assert "no film is left" in refused(prepare.prepare, choice)
+    assert "no film is left" in refused(run_cells, **choice, allow_partial=True)
 
 
 def test_a_film_of_another_size_is_refused_as_a_film_of_mias(ready):
     folder = ready / "phantom" / "raw"
-    message = refused(prepare.prepare, prepare.Settings(source="mias", images=str(folder)))
+    message = refused(run_cells, source="mias", images=str(folder))
     assert "mdb001: 128 x 128 px, expected 1024 x 1024" in message
     assert "298 films are missing" in message
 
@@ -125,29 +118,28 @@ def test_coloured_marks_on_a_film_are_warned_of_and_a_grey_film_in_colour_is_not
 
 
 def test_names_of_films_match_whatever_their_case_but_not_twice(ready, capsys):
-    first = prepare.load_prepared("phantom")
-    for path in prepare.film_paths(first.folder / "raw"):
+    first = common.load_prepared("phantom")
+    for path in common.film_paths(first.folder / "raw"):
         path.rename(path.with_name(path.name.upper()))
-    again = prepare.prepare(tiny())
+    again = prepare_data(**TINY)
     assert again.table["file"][0].endswith("MDB001.PGM")
     assert again.fingerprint == first.fingerprint and again.labels.equals(first.labels)
-    prepare.plot_crops(first.labels, first.folder / "raw")
     assert "warning" not in capsys.readouterr().err
     Image.fromarray(breast()).save(first.folder / "raw" / "mdb001.png")
-    assert "several files for MDB001" in refused(prepare.prepare, tiny())
+    assert "several files for MDB001" in refused(run_cells, **TINY)
 
 
 def test_names_in_a_csv_match_whatever_their_case(home):
     rows = [f"{n:03d},{n // 2 % 3},p{n // 2}" for n in range(1, 12)]
     choice = own_films(home, ["Left.PNG,0,p0", *rows])
     (home / "scans" / "000.png").rename(home / "scans" / "LEFT.png")
-    assert prepare.prepare(choice).labels["image"].tolist()[-1] == "Left"
+    assert run_cells(**choice).labels["image"].tolist()[-1] == "Left"
 
 
 def test_the_same_film_under_two_names_is_refused(home):
     choice = own_films(home)
     shutil.copy(str(home / "scans" / "000.png"), str(home / "scans" / "007.png"))
-    assert "same pixels under several names: 000, 007" in refused(prepare.prepare, choice)
+    assert "same pixels under several names: 000, 007" in refused(run_cells, **choice)
 
 
 ROWS = {
@@ -166,7 +158,7 @@ def test_a_doubtful_row_is_warned_of_or_refused_with_its_film(ready, capsys, row
     lines = [line for line in info.read_text().splitlines() if not line.startswith("mdb002")]
     info.write_text("\n".join([*lines, row]))
     try:
-        prepare.prepare(tiny(folds=2))
+        run_cells(**{**TINY, "folds": 2})
         said = capsys.readouterr().err
     except UserError as error:
         said = f"error: {error}"
@@ -179,12 +171,12 @@ FULL, QUOTA, RIGHTS = errno.ENOSPC, errno.EDQUOT, errno.EACCES
 
 
 def fail_on(monkeypatch, owner, name, code, nth=0, only=""):
-    """Let a function fail from its nth call on, or where a text is among its arguments."""
+    """Let a function fail from its nth call on, of those with a text among their arguments."""
     function, calls = getattr(owner, name), iter(range(999999))
 
     def fails(*arguments, **keywords):
         if only in str(arguments) and next(calls) >= nth:
-            names = [str(arguments[0])] if only else []  # a write that fails names no file
+            names = [only] if code == RIGHTS and only else []  # a failed write names no file
             raise OSError(code, os.strerror(code), *names)
         return function(*arguments, **keywords)
 
@@ -193,6 +185,8 @@ def fail_on(monkeypatch, owner, name, code, nth=0, only=""):
 
 WRITES = [(os, "fsync", n, (FULL, QUOTA, RIGHTS)[n % 3]) for n in range(6)] + [
     (Path, "write_text", 0, FULL),
+    (prepare.tempfile, "TemporaryFile", 0, FULL),
+    (np, "memmap", 0, FULL),
     (np.lib.format, "write_array_header_1_0", 0, FULL),
     (prepare.pd.DataFrame, "to_csv", 2, QUOTA),
     (Image.Image, "save", 3, FULL),
@@ -206,14 +200,24 @@ def test_a_write_that_fails_ends_with_one_message_and_the_old_data_stay(
 ):
     old = {path: digest for path, digest in tree(ready).items() if path.parent.name != "raw"}
     with monkeypatch.context() as patch:
-        fail_on(patch, owner, name, code, nth)
-        message = refused(prepare.prepare, tiny(size="72x72", seed=1))
+        fail_on(patch, owner, name, code, nth, only=".part" if name == "to_csv" else "")
+        message = refused(run_cells, **{**TINY, "size": "72x72", "seed": 1})
     assert ("no permission for" if code == RIGHTS else "the disk is full") in message
     assert str(ready / "phantom") in message
     new = tree(ready)  # the new phantoms may be there: they are whole before they are prepared
     assert {path: digest for path, digest in new.items() if path.parent.name != "raw"} == old
     assert len(new) == len(old) + 26
-    assert prepare.load_prepared("phantom").films.shape == (24, 64, 64)
+    assert common.load_prepared("phantom").films.shape == (24, 64, 64)
+
+
+def test_a_write_that_fails_leaves_a_split_that_was_edited_by_hand_in_use(ready, monkeypatch):
+    path = ready / "phantom" / "splits.csv"
+    moved(common.read_table(path), seed=1).to_csv(path, index=False)
+    old = common.load_prepared("phantom").splits
+    with monkeypatch.context() as patch:
+        fail_on(patch, np.lib.format, "write_array_header_1_0", FULL)
+        assert "the disk is full" in refused(run_cells, **TINY)
+    assert common.load_prepared("phantom").splits.equals(old)
 
 
 READERS = {  # what may not be read: the function and a part of the name
@@ -228,28 +232,27 @@ READERS = {  # what may not be read: the function and a part of the name
 def test_what_may_not_be_read_is_named(home, monkeypatch, owner, name, place):
     choice = own_films(home)
     fail_on(monkeypatch, owner, name, RIGHTS, only=place)
-    message = refused(prepare.prepare, choice)
+    message = refused(run_cells, **choice)
     assert place in message and "ermission" in message
 
 
 def test_an_info_file_or_archive_that_may_not_be_read_is_named(ready, home, monkeypatch):
     folder = ready / "phantom" / "raw"
     fail_on(monkeypatch, Path, "read_text", RIGHTS, only="Info.txt")
-    assert "no permission for" in refused(prepare.read_labels, "phantom", folder, tiny())
+    assert "no permission for" in refused(run_cells, **{**TINY, "images": str(folder)})
     (home / "a.tar").write_bytes(b"films")
     fail_on(monkeypatch, prepare.tarfile, "open", RIGHTS, only="a.tar")
-    message = refused(prepare.prepare, prepare.Settings(archive=str(home / "a.tar")))
+    message = refused(run_cells, archive=str(home / "a.tar"))
     assert "no permission for" in message and "a.tar" in message and "damaged" not in message
 
 
 @pytest.mark.parametrize("source", ["auto", "mias", "own"])
 def test_a_folder_without_films_is_named(home, source):
-    choice = own_films(home)
-    choice.images, choice.source = str(home / "empty"), source
-    choice.labels = choice.labels if source == "own" else ""
+    choice = {**own_films(home), "images": str(home / "empty"), "source": source}
+    choice["labels"] = choice["labels"] if source == "own" else ""
     (home / "empty").mkdir()
     (home / "empty" / "Info.txt").write_text("mdb001 G NORM")
-    message = refused(prepare.prepare, choice)
+    message = refused(run_cells, **choice)
     assert str(home / "empty") in message and "no folder of films" in message
 
 
@@ -262,16 +265,21 @@ def test_prepared_data_that_are_cut_or_gone_are_refused_and_made_again(ready, na
     old = {path: digest for path, digest in tree(ready).items() if path.name != "films.csv"}
     path = ready / "phantom" / name
     path.unlink() if length is None else path.write_bytes(path.read_bytes()[:length])
-    assert str(path.parent) in refused(prepare.load_prepared, "phantom")
-    prepare.prepare(tiny())
+    assert str(path.parent) in refused(common.load_prepared, "phantom")
+    run_cells(**TINY)
     new = tree(ready)
     assert {path: new[path] for path in old} == old
+
+
+def test_prepared_data_that_were_moved_are_up_to_date(ready, capsys):
+    run_cells(**TINY)
+    assert "24 films are up to date" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------- two at once, and kill -9
 
 can_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
-CHOICES = [tiny(seed=seed, size=size) for seed, size in ((0, "64x64"), (1, "72x64"))]
+CHOICES = [{**TINY, "seed": seed, "size": f"{64 + 8 * seed}x64"} for seed in (0, 1)]
 
 
 def content(prepared):
@@ -286,7 +294,7 @@ def whole_data(home, monkeypatch):
     prints = []
     for n, choice in enumerate(CHOICES):
         monkeypatch.setenv("BCD_DATA_DIR", str(home / f"alone-{n}"))
-        prints.append(content(prepare.prepare(choice)))
+        prints.append(content(run_cells(**choice)))
     monkeypatch.setenv("BCD_DATA_DIR", str(home / "data"))
     return prints
 
@@ -296,7 +304,7 @@ def prepare_often(choice, start, results, rounds):
     start.wait()
     for _ in range(rounds):
         try:
-            results.put(content(prepare.prepare(choice)))
+            results.put(content(run_cells(**choice)))
         except BaseException as error:  # a UserError or a bug, for the test to tell
             results.put(f"{type(error).__name__}: {error}")
 
@@ -318,7 +326,7 @@ def test_two_processes_that_prepare_at_once_do_each_other_no_harm(home, monkeypa
     assert set(said) <= {*alone, *refusals} and all("UserError" in text for text in refusals)
     assert set(said) & set(alone)
     for choice, whole in zip(CHOICES, alone):
-        assert content(prepare.prepare(choice)) == whole
+        assert content(run_cells(**choice)) == whole
 
 
 def prepare_until_killed(choice, moment):
@@ -335,8 +343,25 @@ def prepare_until_killed(choice, moment):
 
     for owner, name in [(os, "replace"), (os, "fsync"), (Image.Image, "save")]:
         setattr(owner, name, deadly(getattr(owner, name)))
-    prepare.prepare_film = deadly(prepare.prepare_film)
-    prepare.prepare(choice)
+    common.read_film = deadly(common.read_film)
+    run_cells(**choice)
+
+
+@pytest.mark.parametrize("name", ["read_film", "table", "in_threads"])
+def test_another_run_between_two_steps_of_this_one_makes_no_mixture(home, monkeypatch, name):
+    alone, function, others = whole_data(home, monkeypatch), getattr(common, name), [CHOICES[1]]
+
+    def then_another_run(*arguments, **keywords):
+        done = function(*arguments, **keywords)
+        with contextlib.suppress(UserError, IndexError):  # refused, or done before
+            run_cells(**others.pop())
+        return done
+
+    monkeypatch.setattr(common, name, then_another_run)
+    with contextlib.suppress(UserError):  # a refusal does no harm
+        assert content(run_cells(**CHOICES[0])) == alone[0]
+    assert content(common.load_prepared("phantom")) in alone
+    assert content(run_cells(**CHOICES[0])) == alone[0]
 
 
 @can_fork
@@ -350,11 +375,11 @@ def test_a_kill_at_any_moment_leaves_whole_data_or_none_and_no_rubbish(home, mon
         worker.join()
         killed += worker.exitcode == -signal.SIGKILL  # some have whole phantoms and end earlier
         try:
-            found.append(content(prepare.load_prepared("phantom")))
+            found.append(content(common.load_prepared("phantom")))
         except UserError as error:
             assert "prepared.json is not there" in str(error)
     assert killed >= 8 and set(found) <= set(alone)
     for choice, whole in zip(CHOICES, alone):
-        assert content(prepare.prepare(choice)) == whole
+        assert content(run_cells(**choice)) == whole
     names = {path.name for path in (home / "data" / "phantom").iterdir()}
     assert names == {*prepare.FILES, "raw"}

@@ -6,6 +6,7 @@ import importlib
 import math
 import os
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from common import BENIGN, CLASS_NAMES, MALIGNANT, NORMAL, UserError
 
 data = importlib.import_module("02_dataset")
 network = importlib.import_module("03_model")
+training = importlib.import_module("04_train")
 CHOSEN = ResNet18_Weights.IMAGENET1K_V1
 
 
@@ -40,7 +42,9 @@ def test_item_is_film_label_and_row_and_carries_no_film_number(phantoms):
 
 def test_batches_cover_every_film_once_in_order(phantoms):
     rows = np.arange(len(phantoms.films))[::-1][:21]
-    films, labels, found = zip(*data.batches(data.MammogramDataset(phantoms, rows), 8))
+    loader = data.batches(data.MammogramDataset(phantoms, rows), 8)
+    assert isinstance(loader, torch.utils.data.DataLoader) and len(loader) == 3
+    films, labels, found = zip(*loader)
     assert [tuple(f.shape) for f in films] == [(8, 1, 128, 72)] * 2 + [(5, 1, 128, 72)]
     assert {f.dtype for f in films} == {torch.uint8}
     assert {x.dtype for x in labels + found} == {torch.int64}
@@ -52,12 +56,16 @@ def test_batches_cover_every_film_once_in_order(phantoms):
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_share_every_batch_without_overlap_and_take_equally_many_steps(phantoms, size):
     dataset, orders = data.MammogramDataset(phantoms, np.arange(40, 3, -1)), []
+    plan = training.Settings(batch_size=4)
     for seed in (0, 1):
         samplers = [
             torch.utils.data.RandomSampler(dataset, generator=generator(seed)) for _ in range(size)
         ]
-        whole = [data.batches(dataset, 4, samplers[rank], rank, size) for rank in range(size)]
-        steps = [[rows for _, _, rows in share] for share in whole]
+        states = [
+            SimpleNamespace(train_films=dataset, plan=plan, sampler=sampler, rank=rank, count=size)
+            for rank, sampler in enumerate(samplers)
+        ]
+        steps = [[rows for _, _, rows in training.epoch_batches(state)] for state in states]
         assert [len(share) for share in steps] == [37 // (4 * size)] * size
         assert {len(rows) for share in steps for rows in share} == {4}
         together = torch.stack([torch.stack(share) for share in steps], 2).flatten().tolist()
@@ -217,9 +225,8 @@ def test_about_half_of_the_films_are_turned_upside_down_and_none_sideways():
 
 def test_largest_rotation_scale_and_shift_are_as_declared(monkeypatch):
     def offsets(start, **strengths):
-        table = data.STRENGTHS * 0
-        table[list(strengths)] = list(strengths.values())
-        monkeypatch.setattr(data, "STRENGTHS", table)
+        alone = {getattr(data, kind): (limit,) * 3 for kind, limit in strengths.items()}
+        monkeypatch.setattr(data, "AUGMENTATION", alone)
         films = blob(63.5, start, 500, width=3)
         row, column = centres(data.augment(films, torch.zeros(500).long(), generator())[0])
         return row - 63.5, column - 35.5
@@ -231,6 +238,19 @@ def test_largest_rotation_scale_and_shift_are_as_declared(monkeypatch):
     row, column = offsets(35.5, shift=0.2)  # a share of the canvas side
     found = [np.abs(row).max() / 128, np.abs(column).max() / 72]
     assert found == pytest.approx([0.2, 0.2], abs=0.01)
+
+
+def test_new_kind_of_augmentation_is_one_function_and_one_line(monkeypatch):
+    def noise(films, strength, generator):
+        """Add noise of a standard deviation of `strength`."""
+        return films + strength[:, None, None, None] * torch.randn(films.shape, generator=generator)
+
+    monkeypatch.setattr(data, "AUGMENTATION", {noise: (0.0, 0.1, 0.2)})
+    films, maps, labels = torch.full((3, 1, 64, 40), 0.5), torch.rand(3, 2, 8, 5), torch.arange(3)
+    varied, same = data.augment(films, labels, generator(), 0.5, maps)
+    assert varied.std((1, 2, 3)).tolist() == pytest.approx([0, 0.05, 0.1], abs=0.005)
+    assert torch.allclose(same, maps, 0, 1e-5)
+    assert 0 <= data.augment(films, labels, generator(), 9.0)[0].min() < 0.01
 
 
 # ---------------------------------------------------------------------- step 3: the network
@@ -271,24 +291,32 @@ def test_grey_network_gives_what_rgb_resnet18_gives_on_three_equal_channels(
     model, name = network.build_model(str(weights_file), "plain")
     assert "resnet18.pth" in name
     model.eval()
+    stems = []
+    model.backbone.conv1.register_forward_hook(lambda module, films, stem: stems.append(stem))
     with torch.no_grad():
-        model.head.weight.copy_(rgb.fc.weight[:3, :, None, None])
+        model.head.weight.copy_(rgb.fc.weight[:3])
         model.head.bias.copy_(rgb.fc.bias[:3])
-        stem, wanted_stem = model.backbone.conv1(films), rgb.conv1(normalised(films))
         logits, wanted = model(films)[0], rgb(normalised(films))[:, :3]
+        wanted_stem = rgb.conv1(normalised(films))
+    (stem,) = stems
     assert torch.allclose(stem[:, :, 3:-3, 3:-3], wanted_stem[:, :, 3:-3, 3:-3], 0, 1e-5)
     assert torch.allclose(stem, wanted_stem, 0, 1e-5), "wrong along the border"
     assert wanted.std() > 0.05 and torch.allclose(logits, wanted, 1e-5, 1e-5)
 
 
-def learn(model, steps=1):
-    """Train a little on noise."""
-    groups = network.parameter_groups(model, 0.01, 0.01)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        F.cross_entropy(model(torch.rand(4, 1, 64, 64))[0], torch.tensor([0, 1, 2, 1])).backward()
-        optimizer.step()
+def test_state_dict_of_torchvision_goes_in_and_comes_out_unchanged(rgb, weights_file):
+    model, _ = network.build_model(str(weights_file))
+    given, back = rgb.state_dict(), model.backbone.state_dict()
+    assert set(back) == {name for name in given if not name.startswith("fc.")}
+    assert all(torch.equal(value, given[name]) for name, value in back.items())
+    unfit = resnet18(weights=None).load_state_dict(back, strict=False)
+    assert (unfit.missing_keys, unfit.unexpected_keys) == (["fc.weight", "fc.bias"], [])
+
+
+def begun(weights_file, **changes):
+    """Return the model and the optimiser that step 4 begins a fold with."""
+    plan = training.Settings(device="cpu", lr_patience=1, **changes)
+    return training.network_and_optimizer(plan, network.load_weights(str(weights_file)))[:2]
 
 
 @pytest.mark.parametrize("recipe", ["plain", "lesion"])
@@ -296,9 +324,12 @@ def learn(model, steps=1):
 def test_frozen_stages_do_not_change_in_training_nor_do_their_statistics(
     weights_file, frozen, recipe
 ):
-    model, _ = network.build_model(str(weights_file), recipe, 0.2, frozen)
+    rates = {"lr": 0.01, "backbone_lr": 0.01, "weight_decay": 0.1}
+    model, optimizer = begun(weights_file, recipe=recipe, freeze=frozen, **rates)
     before = {n: v.clone() for n, v in model.backbone.state_dict().items()}
-    learn(model.eval().train())
+    logits, _ = model.eval().train()(torch.rand(4, 1, 64, 64))
+    F.cross_entropy(logits, torch.tensor([0, 1, 2, 1])).backward()
+    optimizer.step()
     after, trained = model.backbone.state_dict(), {n for n, _ in model.backbone.named_parameters()}
     count = {-1: 4, 1: 2, 5: 6}[frozen]
     stages = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]
@@ -312,8 +343,8 @@ def test_frozen_stages_do_not_change_in_training_nor_do_their_statistics(
 
 
 def test_parameter_groups_hold_every_trained_parameter_once_at_its_rate(weights_file):
-    model, _ = network.build_model(str(weights_file))
-    head, backbone = network.parameter_groups(model, 1e-3, 1e-4)
+    model, optimizer = begun(weights_file)
+    head, backbone = optimizer.param_groups
     assert (head["lr"], backbone["lr"]) == (1e-3, 1e-4)
     names = {id(p): n for n, p in model.named_parameters() if p.requires_grad}
     assert len(head["params"]) + len(backbone["params"]) == len(names)
@@ -344,23 +375,25 @@ def test_film_is_judged_beside_the_same_patients_other_breast_in_any_order():
     wanted[0], wanted[1] = 2 * own[0] - own[1], 2 * own[1] - own[0]
     wanted[9], wanted[10] = 2 * own[9] - own[11], 2 * own[10] - own[11]  # two films of a side
     wanted[11] = 2 * own[11] - (own[9] + own[10]) / 2
-    found = network.beside_other_breast(own, patients, sides)
+    found = network.beside_other_breast(own, {"patient": patients, "laterality": sides})
     assert found.dtype == torch.float32 and torch.allclose(found, wanted, 0, 1e-6)
     numbers = np.unique(patients, return_inverse=True)[1]
     for seed in range(5):
         order = torch.randperm(13, generator=generator(seed)).numpy()
         for named in (patients, numbers):
-            again = network.beside_other_breast(own[order], named[order], sides[order])
+            films = {"patient": named[order], "laterality": sides[order]}
+            again = network.beside_other_breast(own[order], films)
             assert torch.allclose(again, wanted[order], 0, 1e-6)
-        table = pd.DataFrame({"patient": patients, "side": sides}).iloc[order]  # an odd index
-        again = network.beside_other_breast(own[order].numpy(), table["patient"], table["side"])
+        table = pd.DataFrame({"patient": patients, "laterality": sides}).iloc[order]  # odd index
+        again = network.beside_other_breast(own[order].numpy(), table)
         assert torch.allclose(again, wanted[order], 0, 1e-6)
 
 
 def test_a_film_more_suspicious_than_the_other_breast_gains_and_equal_films_keep_their_logits():
     own = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 3.0]])
     for logits, wanted in [(own, [-1, 5]), (own[[1, 1]], [3, 3])]:
-        found = network.beside_other_breast(logits, ["a", "a"], ["right", "left"])
+        both = {"patient": ["a", "a"], "laterality": ["right", "left"]}
+        found = network.beside_other_breast(logits, both)
         assert found[:, MALIGNANT].tolist() == wanted and not found[:, :MALIGNANT].any()
 
 

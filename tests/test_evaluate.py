@@ -18,18 +18,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import PROJECT, bayes, beside, fitted, run_script
+from conftest import PROJECT, bayes, beside, fitted, prepare_data, run_main, run_script
 from PIL import Image
 from sklearn import metrics as sk
 from torch.nn import functional as F
+from torchvision.models import ResNet18_Weights
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import common
 from common import BENIGN, CLASS_NAMES, MALIGNANT, NORMAL, UserError
 
 step = importlib.import_module("05_evaluate")
-training, data, network, prepare = step.training, step.data, step.network, step.prepare
+data, network, prepare = step.data, step.network, step.prepare
 P = step.PROBABILITIES
+IMAGENET = ResNet18_Weights.IMAGENET1K_V1.transforms()
 ALONE = ["alone_benign", "alone_normal", "alone_malignant"]
 QUICK = {"weights": "none", "epochs": 1, "precision": "fp32", "device": "cpu", "freeze": 5}
 FLAGS = ("--device", "cpu", "--precision", "fp32", "--resamples", "200", "--recall", "0.8")
@@ -220,7 +222,7 @@ def test_calibration_errors_of_cases_done_by_hand():
 @pytest.mark.parametrize("factor", [0.1, 0.3, 4.0, 12.0])
 def test_temperature_undoes_over_and_underconfidence_and_changes_no_prediction(factor):
     torch.manual_seed(0)
-    fair, ones = 1.5 * torch.randn(4000, 3), torch.ones(3)
+    fair, ones = 1.5 * torch.randn(2000, 3), torch.ones(3)
     for prior in (ones, torch.tensor([0.2, 0.65, 0.15])):
         labels = torch.multinomial(fair.softmax(1) * prior, 1)[:, 0]
         temperature = network.fit_temperature(fair * factor, labels, prior)
@@ -244,10 +246,10 @@ def test_bright_place_of_a_map_comes_back_to_its_place_on_the_film(mirrored):
     g, size = prepare.Geometry(200, 150, 11, 23, 160, 100, mirrored, 0.4), (64, 48)
     maps, (rows, columns) = np.zeros((3, 8, 6)), np.mgrid[:200, :150]
     maps[0, 2, 3] = maps[1, 5, 1] = maps[2, 6, 2] = 1
-    for (x, y), one in zip(step.peaks(maps, size), maps):
+    for point, one in zip(step.peaks(maps, size), maps):
         film = step.canvas_on_film(one, g, size)
         centre = (film * columns).sum() / film.sum(), (film * rows).sum() / film.sum()
-        assert centre == pytest.approx(prepare.canvas_to_film(x, y, g), abs=0.5)
+        assert prepare.film_to_canvas(*centre, g) == pytest.approx(point, abs=0.2)  # 0.5 px of film
     film = step.canvas_on_film(np.ones(size), g, size)
     assert film[11:171, 23:123].min() == 1 and film.sum() == 16000, "not black outside of the crop"
 
@@ -269,28 +271,47 @@ def test_pointing_game_hits_in_a_circle_and_half_a_place_beyond_and_misses_elsew
     assert points["chance"].tolist() == pytest.approx([inside.mean()] * 2)
 
 
+def linear(layer, features):
+    """Apply a linear layer to features (1, C, h, w) at every place."""
+    return torch.einsum("kc,bchw->bkhw", layer.weight, features) + layer.bias[:, None, None]
+
+
 @pytest.mark.parametrize("recipe", ["plain", "lesion"])
 def test_logits_grad_cam_and_places_equal_an_independent_computation(recipe):
     torch.manual_seed(2)
     model, _ = network.build_model("none", recipe)
-    for layer in filter(None, (model.head, model.skip)):
+    for layer in filter(None, (model.head, model.skip_head)):
         torch.nn.init.normal_(layer.weight, std=0.5)
         torch.nn.init.normal_(layer.bias)
+    torch.nn.init.normal_(model.film_bias)
     films = np.random.default_rng(0).random((6, 64, 96)) ** np.arange(1, 7)[:, None, None]
     dataset = data.MammogramDataset.of_canvases((films * 255).astype(np.uint8))
-    predicted = network.predict(model, dataset, 8)  # in training mode until now: no dropout
-    reading = network.read_films(model, dataset, 4, torch.float32, common.Progress(6, ""))
+    predicted = network.predict(model, dataset).logits  # in training mode until now: no dropout
+    reading = network.predict(model, dataset, 4, progress=common.Progress(6, ""), maps=True)
     assert (reading.cams > 0).any((1, 2)).sum() > 2 and predicted.std(0).max() > 0.1
     for n, film in enumerate(dataset.films):
-        stages, maps = [], []
+        stages, maps, ways = [], [], []
         for way in (film, film[::-1].copy()):  # and upside down
-            with torch.no_grad():
-                fine, coarse = model.features(torch.from_numpy(way)[None, None].float() / 255)
-            stages.append((coarse if recipe == "plain" else fine).requires_grad_())
-            if recipe == "lesion":  # all evidence passes layer3, some by the skip
-                coarse = model.backbone.layer4(fine)
-            maps.append(model.places(fine, coarse))
-        logits = (model.pool(maps[0])[0] + model.pool(maps[1])[0]) / 2
+            grey = torch.from_numpy(way)[None].float() / 255
+            features = torch.stack([(grey - m) / s for m, s in zip(IMAGENET.mean, IMAGENET.std)], 1)
+            for name, layer in model.backbone.named_children():
+                if name in ("avgpool", "fc"):
+                    break
+                features = layer(features)
+                if name == ("layer4" if recipe == "plain" else "layer3"):
+                    features = features.detach().requires_grad_()  # the last that all places pass
+                    stages.append(features)
+            places = linear(model.head, features)
+            if recipe == "lesion":
+                places = F.interpolate(places, stages[-1].shape[2:], mode="bilinear")
+                places = places + linear(model.skip_head, stages[-1])
+            maps.append(places)
+            pooled = places.mean((2, 3))[0]
+            if recipe == "lesion":
+                odds = (places - places[:, [NORMAL]])[0].flatten(1)
+                pooled = odds.sort(1, descending=True).values[:, :4].mean(1)
+            ways.append(pooled + model.film_bias)
+        logits = (ways[0] + ways[1]) / 2
         lesion = max((BENIGN, MALIGNANT), key=lambda c: logits[c].item())
         logits[lesion].backward()
         cams = [F.relu((s.grad.mean((2, 3), keepdim=True) * s).sum(1))[0] for s in stages]
@@ -299,10 +320,10 @@ def test_logits_grad_cam_and_places_equal_an_independent_computation(recipe):
         pairs += [(reading.cams, (cams[0] + cams[1].flip(0)) / 2)]
         pairs += [(reading.places, (places[0] + places[1].flip(0)) / 2)]
         if recipe == "plain":  # linear: Grad-CAM is the map of places without its bias
-            linear = [
+            of_head = [
                 F.relu(m[0, lesion] - model.head.bias[lesion]) / m[0, 0].numel() for m in maps
             ]
-            pairs.append((reading.cams, (linear[0] + linear[1].flip(0)) / 4))
+            pairs.append((reading.cams, (of_head[0] + of_head[1].flip(0)) / 4))
         for found, wanted in pairs:
             assert found[n] == pytest.approx(wanted.detach().numpy(), rel=1e-3, abs=1e-3)
 
@@ -311,18 +332,19 @@ def test_logits_grad_cam_and_places_equal_an_independent_computation(recipe):
 
 
 def command(*arguments):
-    """Run step 5 in this process as its command line does, without the seconds of imports."""
+    """Run step 5 in this process as its command line does; its variables are returned too."""
     script, out, err, status = str(PROJECT / "05_evaluate.py"), io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
         patch.setattr(sys, "excepthook", sys.excepthook)
         with contextlib.redirect_stderr(err):
             try:
-                runpy.run_path(script, run_name="__main__")
+                variables = runpy.run_path(script, run_name="__main__")
             except Exception:
                 sys.excepthook(*sys.exc_info())
-                status = 1
-    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
+                status, variables = 1, {}
+    ended = {"returncode": status, "stdout": out.getvalue(), "stderr": err.getvalue()}
+    return SimpleNamespace(**{**variables, **ended})
 
 
 def refusal(done):
@@ -332,50 +354,68 @@ def refusal(done):
     return done.stderr
 
 
-def taught(best):
+def taught(best, prepared):
     """Change a checkpoint as if its network had learnt something, so that its answers differ."""
-    kept = best["validation"]
-    centre, spread = kept["logits"].mean(0), kept["logits"].std(0).mean()
-    for name, value in best["model"].items():
+    torch.manual_seed(best["fold"])
+    model, kept = network.MammogramNet(), prepared.labels["image"].isin(best["validation"]["image"])
+    model.load_state_dict(best["model"])
+    for head in (model.head, model.skip_head):
+        torch.nn.init.normal_(head.weight)
+    logits = network.predict(model, data.MammogramDataset(prepared, np.flatnonzero(kept))).logits
+    centre, spread = logits.mean(0), logits.std(0).mean()
+    state = model.state_dict()
+    for name in state:
         if not name.startswith("backbone."):
-            value /= spread
-    best["model"]["film_bias"] -= centre / spread
-    kept["logits"] = (kept["logits"] - centre) / spread + torch.eye(3)[kept["labels"]]
-    return best
+            state[name] /= spread
+    state["film_bias"] -= centre / spread
+    # not the fitted one any more, so that a fit after the training would not go unnoticed
+    temperature = {way: 1.3 * t for way, t in best["temperature"].items()}
+    return {**best, "model": state, "temperature": temperature}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Train every fold on small phantoms, noting what is read, and evaluate in a process."""
     home, reads = tmp_path_factory.mktemp("evaluate"), []
-    getitems, run_epoch = data.MammogramDataset.__getitems__, training.run_epoch
+    getitems, fold_parts = data.MammogramDataset.__getitems__, data.fold_parts
+    predict = network.predict
 
     def noting_rows(dataset, numbers):
         reads[-1][1].update(dataset.rows[numbers].tolist())
         return getitems(dataset, numbers)
 
-    def noting_fold(trainer, *rest):
-        reads.append((trainer.fold, set()))
-        return run_epoch(trainer, *rest)
+    def noting_fold(prepared, fold, *rest):
+        reads.append((fold, set()))
+        return fold_parts(prepared, fold, *rest)
+
+    def answering(model, dataset, *rest):  # right, but for the last film
+        logits, answers = predict(model, dataset, *rest).logits, dataset.labels.clone()
+        answers[-1] += 1 if answers[-1] < 2 else -1
+        return network.Reading(logits - logits.mean(0) + 2 * torch.eye(3)[answers])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BCD_DATA_DIR", str(home / "data"))
         patch.setenv("BCD_RUNS_DIR", str(home / "runs"))
         small = {"patients": 24, "phantom_size": 128, "size": "64x64", "folds": 3}
-        prepared = prepare.prepare(prepare.Settings(source="phantom", **small))
+        prepared = prepare_data(source="phantom", **small)
         with patch.context() as spying:
             spying.setattr(data.MammogramDataset, "__getitems__", noting_rows)
-            spying.setattr(training, "run_epoch", noting_fold)
-            training.train(training.Settings(run="cv", fold="all", lr=0.05, **QUICK))
+            spying.setattr(data, "fold_parts", noting_fold)
+            spying.setattr(network, "predict", answering)
+            run_main("04_train.py", run="cv", fold="all", **QUICK)
+        trained = []
         for path in (home / "runs" / "cv").glob("fold-*/best.pt"):
-            torch.save(taught(torch.load(path, weights_only=True)), path)
-        done, folder = run_script("05_evaluate.py", *FLAGS, "--run", "cv"), home / "runs" / "cv"
+            trained.append(torch.load(path, weights_only=True))
+            torch.save(taught(trained[-1], prepared), path)
+        done, folder = command(*FLAGS, "--run", "cv"), home / "runs" / "cv"
         assert done.returncode == 0, done.stderr
         table = pd.read_csv(folder / "predictions.csv", dtype={"patient": str})
         record, values = (common.read_json(folder / f"{n}.json") for n in ("settings", "metrics"))
         folds = step.load_folds(folder, record, "cpu")
-        yield SimpleNamespace(folder=folder, reads=reads, prepared=prepared, done=done, table=table,
-                              record=record, values=values, folds=folds)  # fmt: skip
+        yield SimpleNamespace(
+            folder=folder, reads=reads, prepared=prepared, done=done, table=table, record=record,
+            values=values, folds=folds, trained=trained,
+        )  # fmt: skip
         shutil.rmtree(home / "runs")  # checkpoints are large
 
 
@@ -389,7 +429,7 @@ def by_hand(fold, canvases, films=None):
         logits = sum(fold.model(way)[0] for way in ways) / 2
     if films is not None:
         logits = beside(logits, films["patient"], films["laterality"])
-    return bayes(logits, fold.temperature(films is not None), fold.prior)
+    return bayes(logits, fold.temperature["alone" if films is None else "beside"], fold.prior)
 
 
 def threshold_by_hand(fold, recall, alone):
@@ -398,7 +438,9 @@ def threshold_by_hand(fold, recall, alone):
     logits = kept["logits"].numpy()
     if not alone:
         logits = beside(logits, kept["patient"], kept["laterality"])
-    scores = bayes(logits, fold.temperature(not alone), fold.prior)[:, MALIGNANT]
+    scores = bayes(logits, fold.temperature["alone" if alone else "beside"], fold.prior)[
+        :, MALIGNANT
+    ]
     ranked = np.sort(scores[labels == MALIGNANT])[::-1]
     return ranked[math.ceil(recall * len(ranked) - 1e-9) - 1] if len(ranked) else 0
 
@@ -412,7 +454,7 @@ def test_evaluation_writes_the_files_of_the_contract(run):
         assert p.sum(1) == pytest.approx(1, abs=5e-6) and (p >= 0).all() and p.std(0).min() > 1e-3
     assert (run.table["predicted"] == p.argmax(1)).all()
     named = {"source": "phantom", "weights": run.record["weights_used"], "seed": 0, "n": 48}
-    assert run.values["split_seed"] == 0
+    assert run.values["split_seed"] == 0 and run.values["note"] == run.record["note"] == ""
     assert run.values["synthetic"] is True and {**run.values, **named} == run.values
     drawn = {f.stem: Image.open(f).size for f in (run.folder / "figures").glob("*.png")}
     assert set(drawn) >= {"confusion", "roc", "calibration", "claim", "groups", "gradcam", "places"}
@@ -445,8 +487,8 @@ def test_report_loads_nothing_and_like_the_session_says_what_it_is(run):
     assert not re.search(r"https?://|<script|<link|@import|url\(|href=", page)
     for text in (page, said):
         assert common.DISCLAIMER in text and "SYNTHETIC PHANTOMS, n = 48" in text
-    assert re.search(r"!!!!\n!! SYNTHETIC PHANTOMS", said)
-    assert "split seed 0, training seed 0, weights: none" in said
+    assert re.search("^SYNTHETIC PHANTOMS: ", said, re.MULTILINE)
+    assert "split seed 0, training seed 0, weights: none" in " ".join(said.split())
 
 
 def test_every_film_is_predicted_by_the_model_that_never_saw_its_patient(run):
@@ -472,24 +514,22 @@ def test_film_alone_puts_its_own_probabilities_in_place_and_leaves_the_rest(run)
 
 
 def test_table_of_the_other_breast_shows_both_ways_as_scikit_learn_has_them(run):
-    printed = run.done.stdout.split("without and with the patient's other film")[1]
-    found = {
-        line[:27].strip(): [float(value) for value in line[27:].split()]
-        for line in printed.split("\n\n")[0].splitlines()[3:]
-    }
-    settings = step.Settings(device="cpu", precision="fp32")
-    predictions, _ = step.predict_run(run.folds, run.prepared, run.record, settings)
+    predictions, found = run.done.predictions, run.done.other_breast
+    assert "without and with the patient's other film" in run.done.stdout
+    assert set(found.index) == set(step.BOTH_WAYS)
     pd.testing.assert_frame_equal(predictions[P + ALONE].astype(float), run.table[P + ALONE],
                                   rtol=0, atol=2e-6)  # fmt: skip
-    for place, columns, alone in ((0, ALONE, True), (3, P, False)):
+    for way, columns, alone in [
+        ("film alone", ALONE, True),
+        ("beside the other breast", P, False),
+    ]:
         p = predictions[columns].to_numpy()  # six digits can make ties
         table = run.table[["label"]].assign(predicted=p.argmax(1), **dict(zip(P, p.T)))
         limits = [threshold_by_hand(fold, 0.8, alone) for fold in run.folds]
         recalled = p[:, MALIGNANT] >= np.array(limits)[run.table["fold"]] - 1e-6
         wanted = by_sklearn(table, recalled)
-        assert set(found) == set(step.BOTH_WAYS) <= set(wanted)
-        for name in found:
-            value, low, high = found[name][place : place + 3]
+        for name in step.BOTH_WAYS:
+            value, low, high = found.loc[name, way]
             assert value == pytest.approx(wanted[name], abs=6e-4), (name, columns)
             assert low <= value <= high
 
@@ -504,13 +544,23 @@ def test_nothing_that_chooses_reads_a_test_patient(run):
         assert not tested & set(kept["patient"])
         assert len({len(part) for part in kept.values()}) == 1
         labels = kept["labels"].numpy()
-        both = beside(kept["logits"], kept["patient"], kept["laterality"])
-        for way, logits in enumerate((kept["logits"], both)):
-            chosen = fitted(logits, labels, fold.prior)
-            assert fold.temperature(bool(way)) == pytest.approx(chosen, rel=6e-3) and chosen < 19
         threshold = threshold_by_hand(fold, 0.8, alone=False)
         wanted = [number, threshold, (labels == MALIGNANT).sum(), len(labels)]
         assert list(run.values["thresholds"][number].values()) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_temperature_is_fitted_in_training_and_only_read_after_it(run):
+    for best in run.trained:
+        kept, labels = best["validation"], best["validation"]["labels"].numpy()
+        both = beside(kept["logits"], kept["patient"], kept["laterality"])
+        for way, logits in {"alone": kept["logits"], "beside": both}.items():
+            chosen = fitted(logits, labels, best["prior"])
+            assert best["temperature"][way] == pytest.approx(chosen, rel=6e-3)
+            assert 0.1 < chosen < 19, "at a limit, where any fit ends"
+    for fold, told in zip(run.folds, run.values["temperatures"]):
+        read = torch.load(run.folder / f"fold-{fold.number}" / "best.pt", weights_only=True)
+        assert fold.temperature == read["temperature"] != run.trained[fold.number]["temperature"]
+        assert told == {"fold": fold.number, **fold.temperature}
 
 
 def test_run_is_judged_on_its_own_films_folds_and_shuffled_labels_only(run):
@@ -521,7 +571,7 @@ def test_run_is_judged_on_its_own_films_folds_and_shuffled_labels_only(run):
             step.predict_run(run.folds, other, run.record, settings)
     record = {**run.record, "shuffle_labels": True}
     table, _ = step.predict_run(run.folds, run.prepared, record, settings)
-    mixed = training.shuffled_labels(labels, run.record["seed"])
+    mixed = data.shuffled_labels(labels, run.record["seed"])
     assert (mixed != labels["label"]).any()
     assert dict(zip(table["image"], table["label"])) == dict(zip(labels["image"], mixed))
 
@@ -535,15 +585,21 @@ def test_missing_unfinished_and_damaged_runs_end_with_one_message(run):
     shutil.copy(run.folder / "fold-0" / "best.pt", path)
     os.truncate(path, 10000)
     assert f"{path} is damaged" in refusal(command("--run", "bad"))
-    torch.save({"model": {"head.weight": torch.zeros(3)}, "prior": torch.ones(3)}, path)
+    changed = {**run.trained[0], "model": {"head.weight": torch.zeros(3)}}
+    torch.save(changed, path)
     assert "does not fit" in refusal(command("--run", "bad"))
-    torch.save({"model": {"head.weight": torch.zeros(3)}, "temperature": 1.0}, path)
-    assert "older version" in refusal(command("--run", "bad"))
+    del changed["temperature"]
+    torch.save(changed, path)
+    assert "earlier version" in refusal(command("--run", "bad"))
+    record = {name: value for name, value in run.record.items() if name != "note"}
+    common.write_json(record, common.runs_dir("bad/settings.json"))
+    assert "earlier version" in refusal(command("--run", "bad"))
 
 
 def test_recall_that_is_no_share_is_refused(run):
-    for recall in (95, -0.1):
-        assert "recall" in refusal(command(*FLAGS, "--run", "cv", f"--recall={recall}"))
+    assert "--recall 95" in refusal(command(*FLAGS, "--run", "cv", "--recall=95"))
+    with pytest.raises(UserError, match="--recall -0.1"):
+        step.operating_points(run.folds, -0.1)
 
 
 def test_compared_with_itself_a_run_is_no_better_and_an_ideal_one_is(run):
@@ -583,8 +639,8 @@ def test_one_fold_without_malignant_films_is_evaluated_and_recorded_as_json(run,
     labels = run.prepared.labels[["image", "patient", "label"]]
     common.write_csv(labels.replace({"label": {MALIGNANT: BENIGN}}), home / "mine.csv")
     own = {"images": str(run.prepared.folder / "raw"), "labels": str(home / "mine.csv")}
-    prepare.prepare(prepare.Settings(source="own", size="64x64", folds=3, **own))
-    _, _, folder = training.train(training.Settings(source="own", **QUICK))
+    prepare_data(source="own", size="64x64", folds=3, **own)
+    folder = run_main("04_train.py", source="own", **QUICK).run_folder
     done = command(*FLAGS)
     assert done.returncode == 0, done.stderr
     assert "SYNTHETIC" not in done.stdout and "--fold all" in done.stdout
@@ -593,6 +649,25 @@ def test_one_fold_without_malignant_films_is_evaluated_and_recorded_as_json(run,
     values = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert values["malignant_recall"] is None and values["synthetic"] is False
     assert values["metrics"]["specificity at recall 0.95"]["value"] is None
+
+
+def test_another_head_is_one_place_in_step_3_and_every_later_step_runs(run, home, monkeypatch):
+    def new_head(features):
+        layers = torch.nn.Linear(features, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3)
+        return torch.nn.Sequential(*layers)
+
+    monkeypatch.setattr(network, "resnet18", lambda weights=None: ResNet(BasicBlock, [1] * 4))
+    monkeypatch.setattr(network, "new_head", new_head)
+    monkeypatch.setattr(common, "show", lambda figure, path=None: step.plt.close(figure))
+    shutil.copytree(run.prepared.folder.parent, home / "data")
+    looked = run_main("03_model.py", weights="none")
+    assert tuple(looked.logits.shape) == (4, 3) and looked.layers["trained"].sum() > 0
+    trained = run_main("04_train.py", **QUICK)
+    done = command(*FLAGS)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(done.model.head[2].weight.cpu(), trained.model.head[2].weight.cpu())
+    assert not torch.equal(trained.beginning[0][0].head[0].weight, trained.model.head[0].weight)
+    assert done.reading.cams.any() and done.predictions[P].std().min() > 0
 
 
 # ---------------------------------------------------------------------- films of your own
@@ -612,7 +687,7 @@ def own(run, tmp_path_factory):
         Image.fromarray(grey).save(path)
     Image.fromarray(255 - film).save(folder / "inverted.png")
     paths += [folder / "inverted.png", raw]
-    done = run_script("05_evaluate.py", *FLAGS, "--run", "cv", "--image", *paths)
+    done = command(*FLAGS, "--run", "cv", "--image", *paths)
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(run.folder / "own-films" / "predictions.csv", keep_default_na=False)
     return SimpleNamespace(

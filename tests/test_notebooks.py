@@ -13,10 +13,11 @@ from test_cells import environment, replace
 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory):
-    """Copy the scripts; all settings stay as they are, but for epochs and the size of phantoms."""
+    """Copy the scripts; all settings stay as they are, but for epochs and phantoms: few, small."""
     folder = copy_scripts(tmp_path_factory.mktemp("notebooks") / "eine Epoche ä")
     replace(folder / "04_train.py", "epochs: int = 0", "epochs: int = 1")
     replace(folder / "01_prepare_data.py", "phantom_size: int = 1024", "phantom_size: int = 256")
+    replace(folder / "01_prepare_data.py", "patients: int = 60", "patients: int = 24")
     return folder
 
 

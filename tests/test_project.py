@@ -1,16 +1,31 @@
 """What the project promises as a whole: its folder, its syntax, its cells and its commands."""
 
 import ast
+import importlib
 import os
 import re
+import runpy
+import shlex
+import shutil
+import statistics
 import subprocess
 import sys
+import tarfile
+import time
 
+import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 from conftest import PROJECT
 from kernels import split_cells
+from PIL import Image
+from test_cells import environment
+from torchvision.models.resnet import BasicBlock, ResNet
+
+import common
 
 SCRIPTS = sorted(path.name for path in PROJECT.glob("0*.py"))
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
 RUN_TIME = {"torch", "torchvision", "pandas", "numpy", "matplotlib", "seaborn", "sklearn", "PIL"}
 
 
@@ -64,6 +79,27 @@ def test_every_statement_that_runs_something_is_guarded(name):
             assert isinstance(node, allowed), ast.unparse(node)[:80]
 
 
+def test_a_cell_is_a_paragraph():
+    """Its definitions take 60 lines at most, 90 where it is one class, and 15 in the median."""
+    lengths = []
+    for title, text in [cell for name in SCRIPTS for cell in split_cells(PROJECT / name)[3:]]:
+        kinds = (ast.FunctionDef, ast.ClassDef)
+        defined = [part for part in ast.parse(text).body if isinstance(part, kinds)]
+        lengths.append(sum(part.end_lineno - part.lineno + 1 for part in defined))
+        one_class = len(defined) == 1 and isinstance(defined[0], ast.ClassDef)
+        assert lengths[-1] <= (90 if one_class else 60), title
+    assert statistics.median(lengths) <= 15
+
+
+def test_the_settings_are_42_at_most():
+    fields = 0
+    for name in [*SCRIPTS, "common.py"]:
+        for part in ast.parse((PROJECT / name).read_text(encoding="utf-8")).body:
+            if isinstance(part, ast.ClassDef) and part.name.endswith("Settings"):
+                fields += sum(isinstance(line, ast.AnnAssign) for line in part.body)
+    assert fields <= 42
+
+
 def test_importing_the_steps_prints_and_writes_nothing(tmp_path):
     code = "import importlib; importlib.import_module('05_evaluate')"
     done = subprocess.run(
@@ -75,7 +111,98 @@ def test_importing_the_steps_prints_and_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_ci_runs_the_test_command_of_the_readme():
-    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
-    command = re.search(r"^python -m pip install .*pytest.*$", readme, re.MULTILINE)[0]
-    assert command in (PROJECT / ".ci" / "run").read_text(encoding="utf-8")
+def test_ci_runs_the_test_command_of_the_readme_and_asks_for_ruffs_format():
+    command = re.search(r"^python -m pip install .*pytest.*$", README, re.MULTILINE)[0]
+    lines = (PROJECT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert {command, "ruff check .", "ruff format --check ."} <= set(lines)
+
+
+def commands():
+    """Return README's commands that call a script of ours, as lists of words."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    found = [part for block in blocks for line in block.splitlines() for part in line.split("&&")]
+    found += re.findall(r"`((?:python|torchrun) [^`]+)`", README)
+    found = (tuple(shlex.split(text, comments=True)) for text in found)
+    return list(dict.fromkeys(c for c in found if any(word.endswith(".py") for word in c)))
+
+
+# What makes a command quick, and the file that it leaves.
+FEW = "--patients 24 --phantom-size 128 --size 64x64 --folds 3 --allow-partial"
+QUICK = {
+    "01_prepare_data.py": (FEW, "data/*/prepared.json"),
+    "04_train.py": ("--epochs 1 --freeze 5", "runs/*/fold-0/last.pt"),
+    "05_evaluate.py": ("--resamples 20", "runs/*/metrics.json"),
+}
+LEFT = {"--image": "runs/*/own-films/predictions.csv", "--compare": ""}
+
+
+def call(script, *arguments):
+    """Run a script in this process as the shell would, with a small network and no figures."""
+    network = importlib.import_module("03_model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network, "resnet18", lambda weights=None: ResNet(BasicBlock, [1] * 4))
+        patch.setattr(common, "show", lambda figure, path=None: plt.close(figure))
+        patch.setattr(sys, "argv", [str(PROJECT / script), *arguments])
+        patch.setattr(sys, "excepthook", sys.excepthook)  # the script sets its own
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory):
+    """Make a folder with the files that README names: films, an archive, a CSV, three runs."""
+    folder = tmp_path_factory.mktemp("user")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(folder).items():
+            patch.setenv(name, value)
+        patch.chdir(folder)
+        call("01_prepare_data.py", "--source", "phantom", *FEW.split())
+        call("04_train.py", "--run", "RUN1", "--epochs", "1", "--freeze", "5")
+        call("05_evaluate.py", "--resamples", "20")
+        for name in ("RUN2", "RUN3"):
+            for path in (folder / "runs" / "RUN1").glob("[ps]*.*"):
+                copy = folder / "runs" / name / path.name
+                copy.parent.mkdir(exist_ok=True)
+                os.utime(shutil.copy(path, copy), (0, 0))  # not the newest run
+        mine = pd.read_csv(folder / "data" / "phantom" / "labels.csv")
+        mine[["image", "label", "patient", "laterality"]].to_csv("mine.csv", index=False)
+        shutil.copytree(folder / "data" / "phantom" / "raw", "scans")
+        for name, number in {"film": 2, "left": 2, "right": 1}.items():
+            Image.open(folder / "scans" / f"mdb{number:03d}.pgm").save(f"{name}.png")
+        (folder / "big").mkdir()
+        common.make_phantoms(folder / "big", 12)
+        with tarfile.open("all-mias.tar.gz", "w:gz", compresslevel=1) as archive:
+            archive.add("big", "all-mias")
+        yield folder
+
+
+def test_readme_shows_how_to_run_each_of_them():
+    shown = {word for command in commands() for word in command}
+    assert {"torchrun", "tests/benchmarks/benchmarks.py", *QUICK} <= shown
+
+
+RUN_HERE = [c for c in commands() if "tests/benchmarks/benchmarks.py" not in c]  # its own test does
+
+
+@pytest.mark.parametrize("command", RUN_HERE, ids=" ".join)
+def test_a_command_of_the_readme_runs(command, user, tmp_path, monkeypatch):
+    """On tiny phantoms, and with the flags that make it quick."""
+    place = [word.endswith(".py") for word in command].index(True)
+    program, script, arguments = command[:place], command[place], [*command[place + 1 :]]
+    quick, left = QUICK[script]
+    arguments += quick.split() + (["--epochs", "2"] if "--resume" in arguments else [])
+    left = next((LEFT[word] for word in arguments if word in LEFT), left)
+    if script == "01_prepare_data.py":  # the others go on with what is prepared
+        monkeypatch.setenv("BCD_DATA_DIR", str(tmp_path / "data"))
+    elif script == "04_train.py" and "--resume" not in arguments:
+        monkeypatch.setenv("BCD_RUNS_DIR", str(tmp_path / "runs"))
+    start = time.time_ns()
+    if program == ("python",) and script in SCRIPTS:
+        call(script, *arguments)
+    else:
+        monkeypatch.setenv("PET_STANDALONE", "1")  # torchrun takes a free port
+        module = ["-m", "torch.distributed.run"] if program[0] == "torchrun" else []
+        line = [sys.executable, *module, *program[1:], str(PROJECT / script), *arguments]
+        done = subprocess.run(line, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    found = [*user.glob(left or "*"), *tmp_path.glob(left or "*")]
+    assert not left or any(path.stat().st_mtime_ns > start for path in found)

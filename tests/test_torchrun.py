@@ -1,5 +1,6 @@
 """Step 4 under torchrun: two processes share the folds, or train a single one together."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -8,21 +9,22 @@ import sys
 from types import SimpleNamespace
 
 import conftest
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_train import RANDOM, differences, history, load
+from conftest import flags, run_main
+from test_train import differences, history, load
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import common
 from common import UserError
 
-evaluate = importlib.import_module("05_evaluate")
-step = evaluate.training
-data, network, prepare = step.data, step.network, step.prepare
+step = importlib.import_module("04_train")
+data, network = step.data, step.network
 MACHINE = {"device": "cpu", "precision": "fp32", "weights": "none"}
-DEALT = {"source": "phantom", "fold": "all", "freeze": 4, "patience": 9, "profile": True, **MACHINE}
+DEALT = {"source": "phantom", "fold": "all", "freeze": 4, "patience": 9, **MACHINE}
 # The head alone is trained, so that batch-norm is the same for a half and for the whole batch.
 TOGETHER = {"source": "phantom", "recipe": "plain", "freeze": 5, "augment": 0.0, "dropout": 0.0,
             "balance": "none", "batch_size": 4, "max_norm": 1e9, **MACHINE}  # fmt: skip
@@ -38,8 +40,8 @@ data, network = (importlib.import_module(name) for name in ("02_dataset", "03_mo
 network.resnet18 = lambda weights=None: ResNet(BasicBlock, [1] * 4)
 whole, number = data.batches, 0
 
-def noting(dataset, batch_size, sampler=None, *team):
-    for films, labels, rows in whole(dataset, batch_size, sampler, *team):
+def noting(dataset, batch_size, sampler=None):
+    for films, labels, rows in whole(dataset, batch_size, sampler):
         if sampler is not None:
             with open(f"{home}/rows-{os.environ['RANK']}.txt", "a") as notes:
                 notes.write(json.dumps([number, rows.tolist()]) + "\\n")
@@ -55,14 +57,6 @@ for number, line in enumerate(plan):
 """
 
 
-def flags(settings, **changes):
-    """Write settings as a command line."""
-    words = []
-    for name, value in {**settings, **changes}.items():
-        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    return words
-
-
 @pytest.fixture(scope="module")
 def team(tmp_path_factory):
     """Let two processes train, go on, and fail; give what they left."""
@@ -71,14 +65,15 @@ def team(tmp_path_factory):
         patch.setenv("BCD_DATA_DIR", str(home / "data"))
         patch.setenv("BCD_RUNS_DIR", str(home / "runs"))
         patch.setattr(network, "resnet18", lambda weights=None: ResNet(BasicBlock, [1] * 4))
+        patch.setattr(common, "show", lambda figure, path=None: plt.close(figure))
         small = {"patients": 20, "phantom_size": 128, "size": "64x64", "folds": 4}
-        prepared = prepare.prepare(prepare.Settings(source="phantom", **small))
+        prepared = conftest.prepare_data(source="phantom", **small)
         plan = [
-            flags(TOGETHER, run="together", epochs=1),
-            flags({}, resume=True, run="together", epochs=2),
-            flags(DEALT, run="dealt", epochs=1),
+            flags(**TOGETHER, run="together", epochs=1),
+            flags(resume=True, run="together", epochs=2),
+            flags(**DEALT, run="dealt", epochs=1),
             str(home / "runs" / "dealt" / "fold-1" / "last.pt"),
-            flags({}, resume=True, run="dealt", epochs=2),
+            flags(resume=True, run="dealt", epochs=2),
         ]
         (home / "team.py").write_text(TEAM)
         done = subprocess.run(
@@ -95,6 +90,11 @@ def team(tmp_path_factory):
         )
 
 
+def trained_on(team, number):
+    """Return the batches of each process in a line of the plan, without the one looked at."""
+    return [[rows for n, rows in lines if n == number][1:] for lines in team.rows]
+
+
 def test_damaged_fold_is_named_the_others_finish_and_the_status_is_1(team):
     assert team.done.returncode != 0
     said = [line for line in team.done.stderr.splitlines() if line.startswith("error: ")]
@@ -107,14 +107,14 @@ def test_damaged_fold_is_named_the_others_finish_and_the_status_is_1(team):
     assert table.groupby("fold")["epoch"].max().to_dict() == {0: 2, 1: 1, 2: 2, 3: 2}
 
 
-def test_dealt_folds_equal_those_of_one_process_bit_for_bit(team, capsys):
+def test_dealt_folds_equal_those_of_one_process_bit_for_bit(team):
     """Follows the test above: fold 1 is deleted and trained anew."""
     dealt = team.runs / "dealt"
     for path in (dealt / "fold-1").glob("*"):
         path.unlink()
-    step.train(step.Settings(resume=True, run="dealt"))
+    run_main("04_train.py", resume=True, run="dealt")
     assert len(history(dealt)) == 8, "not only fold 1 was trained"
-    whole = step.train(step.Settings(run="whole", epochs=2, **DEALT))[2]
+    whole = run_main("04_train.py", run="whole", epochs=2, **DEALT).run_folder
     pd.testing.assert_frame_equal(history(whole), history(dealt))
     for fold in range(4):
         for name in ("best.pt", "last.pt"):
@@ -124,18 +124,16 @@ def test_dealt_folds_equal_those_of_one_process_bit_for_bit(team, capsys):
         for f in (whole, dealt)
     ]
     assert files[0] == files[1] and "fold-3/history.csv" in files[0]
-    capsys.readouterr()
-    shared = [{tuple(rows) for number, rows in lines if number == 2} for lines in team.rows]
-    assert shared[0] and shared[1], "one process trained everything"
+    assert all(trained_on(team, 2)), "one process trained everything"
     for fold in range(4):
-        assert f"where the time of fold {fold} went" in team.done.stdout
+        assert f"fold {fold} epoch  1/1" in team.done.stdout
 
 
 def test_two_processes_see_disjoint_halves_of_every_batch(team):
-    train = data.fold_parts(team.prepared.splits, team.prepared.labels, 0)["train"]
+    train = data.fold_parts(team.prepared, 0)["train"]
     orders = []
     for number in (0, 1):
-        halves = [[rows for n, rows in lines if n == number] for lines in team.rows]
+        halves = trained_on(team, number)
         assert len(halves[0]) == len(halves[1]) == len(train) // 8
         assert all(len(rows) == 4 for half in halves for rows in half)
         seen = np.array(halves).flatten().tolist()
@@ -145,30 +143,32 @@ def test_two_processes_see_disjoint_halves_of_every_batch(team):
 
 
 def test_two_processes_learn_what_one_learns_from_the_whole_batches(team, monkeypatch):
-    settings, whole = step.Settings(**TOGETHER, epochs=2), data.batches
-    trainer = step.Trainer(settings, team.prepared, 0, RANDOM)
-    place = {row: n for n, row in enumerate(trainer.training.rows.tolist())}
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    random = (None, "none (random start)")  # what load_weights returns for "none"
+    plan, _ = step.make_plan(step.Settings(**TOGETHER, epochs=2), team.prepared, random)
+    films, made = step.fold_films(team.prepared, 0, plan), step.network_and_optimizer(plan, random)
+    state, whole = step.FoldState(0, plan, films, made), data.batches
+    place = {row: n for n, row in enumerate(state.train_films.rows.tolist())}
+    before = {name: value.clone() for name, value in state.model.state_dict().items()}
     table, last = history(team.runs / "together"), load(team.runs / "together", "last.pt")
     for number in (0, 1):
-        halves = [[rows for n, rows in lines if n == number] for lines in team.rows]
-        steps = [[place[row] for half in pair for row in half] for pair in zip(*halves)]
+        pairs = zip(*trained_on(team, number))
+        steps = [[place[row] for half in pair for row in half] for pair in pairs]
 
-        def batches(dataset, batch_size, sampler=None, *team, steps=steps):
+        def batches(dataset, batch_size, sampler=None, steps=steps):
             if sampler is None:
                 return whole(dataset, batch_size)
             return (dataset.__getitems__(numbers) for numbers in steps)
 
         monkeypatch.setattr(data, "batches", batches)
-        loss, accuracy = trainer.train_epoch(common.Progress(1, ""))
-        logits, labels, metrics = trainer.validate()
-        trainer.scheduler.step(metrics["val_loss"])
+        loss, accuracy = step.train_epoch(state, common.Progress(1, ""))
+        _, _, metrics = step.validate(state)
+        state.scheduler.step(metrics["val_loss"])
         row = table.iloc[number]
         assert row["train_loss"] == pytest.approx(loss, rel=1e-4)
         assert row["train_accuracy"] == pytest.approx(accuracy)
         for name, value in metrics.items():
             assert row[name] == pytest.approx(value, rel=1e-4), name
-    moments = trainer.optimizer.state_dict()["state"]
+    moments = state.optimizer.state_dict()["state"]
     assert moments and set(moments) == set(last["optimizer"]["state"])
     for key, moment in moments.items():
         found = last["optimizer"]["state"][key]
@@ -177,41 +177,34 @@ def test_two_processes_learn_what_one_learns_from_the_whole_batches(team, monkey
             limit = 1e-4 * moment[name].abs().max().item()
             assert limit > 0 and torch.allclose(found[name], moment[name], 0, limit)
     changed = 0
-    for name, value in trainer.model.state_dict().items():
+    for name, value in state.model.state_dict().items():
         assert torch.allclose(last["model"][name], value, 1e-3, 1e-5), name
         changed += not value.equal(before[name])
     assert changed == 3, "head and film bias"
 
 
 def test_fold_trained_together_can_be_evaluated(team):
-    folder = team.runs / "together"
-    record = common.read_json(folder / "settings.json")
-    (fold,) = evaluate.load_folds(folder, record, "cpu")
+    machine = {"device": "cpu", "precision": "fp32"}
+    found = run_main("05_evaluate.py", run="together", resamples=20, **machine)
+    (fold,) = found.fold_models
     assert all(torch.isfinite(value).all() for value in fold.model.state_dict().values())
-    parts = data.fold_parts(team.prepared.splits, team.prepared.labels, 0)
+    parts = data.fold_parts(team.prepared, 0)
     validation = data.MammogramDataset(team.prepared, parts["validation"])
-    again = network.predict(fold.model, validation)
+    again = network.predict(fold.model, validation).logits
     assert torch.allclose(again, fold.validation["logits"], 1e-4, 1e-4), "out of order"
     assert again.std(0).min() > 1e-4
-    predictions, _ = evaluate.predict_run(
-        [fold], team.prepared, record, evaluate.Settings(device="cpu", precision="fp32")
-    )
-    assert sorted(predictions["image"]) == sorted(team.prepared.labels["image"].iloc[parts["test"]])
-    assert np.isfinite(predictions[evaluate.PROBABILITIES]).all(axis=None)
+    test = team.prepared.labels["image"].iloc[parts["test"]]
+    assert sorted(found.predictions["image"]) == sorted(test)
+    assert np.isfinite(found.predictions[found.PROBABILITIES]).all(axis=None)
 
 
 def test_when_every_fold_fails_each_is_named_also_before_the_first_epoch(team, monkeypatch):
-    class First(common.Team):
-        def wait(self):
-            pass
-
-        def collect(self, value):
-            return [value]
-
-    def fail(trainer, progress):
+    def fail(loss):
         raise UserError("no good")
 
-    monkeypatch.setattr(common, "join_team", lambda: First(0, 2))
-    monkeypatch.setattr(step.Trainer, "train_epoch", fail)
+    monkeypatch.setattr(common, "processes", lambda: (0, 2))  # the first of two, and alone
+    monkeypatch.setattr(common, "collect", lambda value: [value])
+    monkeypatch.setattr(common, "first_process_first", contextlib.nullcontext)
+    monkeypatch.setattr(torch.Tensor, "backward", fail)
     with pytest.raises(UserError, match="fold 0: no good; fold 2: no good"):
-        step.train(step.Settings(run="hopeless", epochs=1, **DEALT))
+        run_main("04_train.py", run="hopeless", epochs=1, **DEALT)

@@ -3,33 +3,39 @@
 import dataclasses
 import errno
 import importlib
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import conftest
+import kernels
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from sklearn import metrics as sk
+from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import common
 from common import UserError
 
 step = importlib.import_module("04_train")
-data, network, prepare = step.data, step.network, step.prepare
+data, network = step.data, step.network
+SCRIPT = conftest.PROJECT / "04_train.py"
 COLUMNS = (
     "fold,epoch,lr,train_loss,train_accuracy,val_loss,val_accuracy,val_macro_f1,"
     "val_malignant_recall,seconds,films_per_second"
 ).split(",")
-RANDOM = (None, "none (random start)")  # what load_weights returns for "none"
+# A quick run: only the heads are trained, unless `freeze` says otherwise.
+QUICK = {"source": "phantom", "weights": "none", "epochs": 1, "precision": "fp32", "freeze": 5,
+         "device": "cpu"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +45,7 @@ def tiny_once(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BCD_DATA_DIR", str(folder))
         small = {"patients": 16, "phantom_size": 128, "size": "64x64", "folds": 3, "seed": 464}
-        prepare.prepare(prepare.Settings(source="phantom", **small))
+        conftest.prepare_data(source="phantom", **small)
     return folder
 
 
@@ -47,15 +53,38 @@ def tiny_once(tmp_path_factory):
 def tiny(home, tiny_once, monkeypatch):
     """Return prepared films, and let steps train a ResNet of half the depth (for speed)."""
     monkeypatch.setattr(network, "resnet18", lambda weights=None: ResNet(BasicBlock, [1] * 4))
+    monkeypatch.setattr(common, "show", lambda figure, path=None: plt.close(figure))
     shutil.copytree(tiny_once, home / "data")
-    yield prepare.load_prepared("phantom")
+    yield common.load_prepared("phantom")
     shutil.rmtree(home / "runs", ignore_errors=True)  # checkpoints are large
 
 
-def wanted(**changes):
-    """Return settings of a quick run: only the head is trained, unless `freeze` says otherwise."""
-    quick = {"source": "phantom", "weights": "none", "epochs": 1, "precision": "fp32", "freeze": 5}
-    return step.Settings(**{**quick, "device": "cpu", **changes})
+def train(**changes):
+    """Run step 4 quickly; return its variables."""
+    return conftest.run_main(SCRIPT.name, **{**QUICK, **changes})
+
+
+def go_on(**changes):
+    """Run step 4 again with --resume and nothing else but `changes`."""
+    return conftest.run_main(SCRIPT.name, resume=True, **changes)
+
+
+def run_cells(names, first="", until="Look"):
+    """Run the cells of step 4 from one to another, by the beginnings of their titles."""
+    cells = kernels.split_cells(SCRIPT)
+    begin, end = ([t.startswith(title) for t, _ in cells].index(True) for title in (first, until))
+    for _, code in cells[begin:end]:
+        exec(code, names)
+
+
+@pytest.fixture
+def console(tiny):
+    """Return a console's variables, ready for the training cell."""
+    names = {"__name__": "__main__", "__file__": str(SCRIPT)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "command_line", lambda settings, _: settings(**QUICK))
+        run_cells(names, until="Train")
+    return names
 
 
 def load(folder, name="best.pt", fold=0):
@@ -91,7 +120,14 @@ def history(folder):
     return pd.read_csv(folder / "history.csv").drop(columns=["seconds", "films_per_second"])
 
 
-def break_in(monkeypatch, name, call, error=KeyboardInterrupt, owner=step):
+def assert_same_runs(one, other):
+    """Compare all that two runs of fold 0 left, bit for bit."""
+    for name in ("best.pt", "last.pt"):
+        assert differences(load(one, name), load(other, name)) == []
+    pd.testing.assert_frame_equal(history(one), history(other))
+
+
+def break_in(monkeypatch, owner, name, call, error=KeyboardInterrupt):
     """Raise `error` at the n-th call of a function, as a stop button may at any moment."""
     whole, calls = getattr(owner, name), []
 
@@ -105,13 +141,19 @@ def break_in(monkeypatch, name, call, error=KeyboardInterrupt, owner=step):
     monkeypatch.setattr(owner, name, broken)
 
 
+def answer_alike(monkeypatch):
+    """Let all networks say the same of all films: no epoch is better than the first."""
+    same = lambda model, films, *rest: network.Reading(torch.zeros(len(films), 3))  # noqa: E731
+    monkeypatch.setattr(network, "predict", same)
+
+
 # ---------------------------------------------------------------------- what a run writes
 
 
 @pytest.mark.parametrize("recipe", ["lesion", "plain"])
 def test_run_writes_the_files_and_columns_of_the_contract(tiny, recipe, capsys):
-    model, table, folder = step.train(wanted(recipe=recipe, epochs=2, freeze=4))
-    record = json.loads((folder / "settings.json").read_text())
+    run = train(recipe=recipe, epochs=2, freeze=4)
+    folder, record = run.run_folder, common.read_json(run.run_folder / "settings.json")
     named = {"recipe": recipe, "seed": 0, "batch_size": 8, "balance": "sampler", "weights": "none"}
     assert {**record, **named} == record
     assert record["run"] == folder.name and record["synthetic"] is True
@@ -119,32 +161,34 @@ def test_run_writes_the_files_and_columns_of_the_contract(tiny, recipe, capsys):
     assert record["split_seed"] == 464 and "split seed 464" in printed
     for path in (folder / "history.csv", folder / "fold-0" / "history.csv"):
         assert list(pd.read_csv(path)) == COLUMNS and pd.read_csv(path)["epoch"].tolist() == [1, 2]
-    assert table["epoch"].tolist() == [1, 2]
+    assert run.history["epoch"].tolist() == [1, 2]
     best, last = load(folder), load(folder, "last.pt")
-    assert last["epoch"] == 2 and best["record"]["data"] == record["data"]
-    parts = data.fold_parts(tiny.splits, tiny.labels, 0)
-    kept = tiny.labels.iloc[parts["validation"]]
-    assert set(best) == {"model", "validation", "prior", "epoch", "fold", "record"}
+    assert last["epoch"] == 2 and best["record"]["data"] == record["data"] == tiny.identity()
+    kept = tiny.labels.iloc[data.fold_parts(tiny, 0)["validation"]]
+    keys = {"model", "validation", "prior", "temperature", "epoch", "fold", "record"}
+    assert set(best) == keys and set(best["temperature"]) == {"beside", "alone"}
     for name in ("image", "patient", "laterality"):
         assert best["validation"][name] == kept[name].tolist()
     assert best["validation"]["labels"].tolist() == kept["label"].tolist()
     assert best["validation"]["logits"].shape == (len(kept), 3)
-    assert not model.training and not differences(best["model"], dict(model.state_dict()))
+    assert not run.model.training and not differences(best["model"], dict(run.model.state_dict()))
     assert not list(folder.rglob("*.part"))
     assert f"Next: python 05_evaluate.py --run {folder.name}" in printed
 
 
 def test_fold_all_trains_every_fold_once(tiny):
-    _, table, folder = step.train(wanted(fold="all"))
-    assert table["fold"].tolist() == [0, 1, 2] and history(folder)["fold"].tolist() == [0, 1, 2]
-    images = [set(load(folder, fold=k)["validation"]["image"]) for k in range(3)]
-    for fold, part in enumerate(images):
-        assert not part & set(tiny.splits.loc[tiny.splits["fold"] == fold, "image"])
+    run = train(fold="all")
+    assert run.history["fold"].tolist() == [0, 1, 2]
+    assert history(run.run_folder)["fold"].tolist() == [0, 1, 2]
+    for fold in range(3):
+        seen = set(load(run.run_folder, fold=fold)["validation"]["image"])
+        assert not seen & set(tiny.splits.loc[tiny.splits["fold"] == fold, "image"])
 
 
-def test_no_film_of_a_test_patient_is_read_while_training(tiny):
+def test_no_film_of_a_test_patient_is_read_while_training(tiny, monkeypatch):
+    """But for the statistics by which films of one's own are warned of."""
     test = set(np.flatnonzero(tiny.splits["fold"] == 1))
-    reads = []
+    reads, statistics = [], data.film_statistics(tiny.films)
 
     class Guarded:
         shape = tiny.films.shape
@@ -156,40 +200,41 @@ def test_no_film_of_a_test_patient_is_read_while_training(tiny):
             reads.extend(np.atleast_1d(rows).tolist())
             return tiny.films[rows]
 
-    guarded = tiny._replace(films=Guarded())
-    step.fit_fold(wanted(epochs=2), guarded, 1, RANDOM, common.runs_dir("guarded"), {})
+    monkeypatch.setattr(data, "film_statistics", lambda films: statistics)
+    monkeypatch.setattr(common, "open_prepared", lambda source: tiny._replace(films=Guarded()))
+    train(fold=1, epochs=2)
     assert test and len(set(reads)) > 8 and not test & set(reads)
 
 
 @pytest.mark.parametrize("balance", ["sampler", "loss", "none"])
 def test_rare_classes_count_by_the_sampler_or_the_loss_but_never_both(tiny, balance, monkeypatch):
-    seen = []
-    whole = step.film_loss
+    seen, whole = [], nn.functional.cross_entropy
 
-    def spy(logits, labels, weights=None, smoothing=0.0):
-        seen.append(weights)
-        return whole(logits, labels, weights, smoothing)
+    def spy(logits, labels, weights=None, **options):
+        seen.extend([weights] if "label_smoothing" in options else [])  # the loss of films
+        return whole(logits, labels, weights, **options)
 
-    trainer = step.Trainer(wanted(balance=balance), tiny, 0, RANDOM)
-    monkeypatch.setattr(step, "film_loss", spy)
-    trainer.train_epoch(common.Progress(1, ""))
+    monkeypatch.setattr(nn.functional, "cross_entropy", spy)
+    run = train(balance=balance)
     assert {w is not None for w in seen} == {balance == "loss"}
-    drawn = [n for _ in range(80) for n in trainer.sampler]
-    counts = np.bincount(drawn, minlength=len(trainer.training))
-    shares = np.bincount(trainer.training.labels[trainer.training.rows][drawn]) / len(drawn)
+    epochs = itertools.chain.from_iterable(run.epoch_batches(run.state) for _ in range(80))
+    drawn = torch.cat([rows for _, _, rows in epochs]).tolist()
+    shares = np.bincount(tiny.labels["label"].iloc[drawn]) / len(drawn)
     if balance == "sampler":
         assert shares == pytest.approx(1 / 3, abs=0.06)
     else:
-        assert set(counts) == {80}, "not every film once an epoch"
+        rows, counts = np.unique(drawn, return_counts=True)
+        assert set(rows) == set(run.train_films.rows), "not every film once an epoch"
+        assert set(counts) == {80}
 
 
-def test_validation_figures_and_prior_follow_from_the_checkpoint(tiny):
+def test_validation_figures_prior_and_temperatures_follow_from_the_checkpoint(tiny):
     for balance, changes in {"sampler": {}, "none": {}, "loss": {"shuffle_labels": True}}.items():
-        _, table, folder = step.train(wanted(balance=balance, lr=0.05, epochs=2, **changes))
-        best, labels = load(folder), tiny.labels["label"].to_numpy()
+        run = train(balance=balance, lr=0.05, epochs=2, **changes)
+        best, labels = load(run.run_folder), tiny.labels["label"].to_numpy()
         if changes:
-            labels = step.shuffled_labels(tiny.labels, 0)
-        parts, kept = data.fold_parts(tiny.splits, tiny.labels, 0), best["validation"]
+            labels = data.shuffled_labels(tiny.labels, 0)
+        parts, kept = data.fold_parts(tiny, 0), best["validation"]
         counts = np.bincount(labels[parts["train"]], minlength=3)
         prior = [1, 1, 1] if balance == "none" else counts / counts.sum()
         assert best["prior"].tolist() == pytest.approx(prior) and np.ptp(counts) > 3
@@ -198,7 +243,10 @@ def test_validation_figures_and_prior_follow_from_the_checkpoint(tiny):
         assert np.abs(judged - kept["logits"].numpy()).max() > 1e-3 and y.tolist() == (
             labels[parts["validation"]].tolist()
         )
-        p = conftest.bayes(judged, conftest.fitted(judged, y, best["prior"]), best["prior"])
+        for how, logits in {"beside": judged, "alone": kept["logits"]}.items():
+            found = conftest.fitted(logits, y, best["prior"])
+            assert best["temperature"][how] == pytest.approx(found, rel=0.011), (balance, how)
+        p = conftest.bayes(judged, best["temperature"]["beside"], best["prior"])
         predicted = p.argmax(1)
         figures = [
             sk.log_loss(y, p, labels=range(3)),
@@ -206,7 +254,7 @@ def test_validation_figures_and_prior_follow_from_the_checkpoint(tiny):
             sk.f1_score(y, predicted, average="macro", zero_division=0),
             sk.recall_score(y == 2, predicted == 2, zero_division=0),
         ]
-        row = table.set_index("epoch").loc[best["epoch"], COLUMNS[5:9]]
+        row = run.history.set_index("epoch").loc[best["epoch"], COLUMNS[5:9]]
         assert row.tolist() == pytest.approx(figures, rel=1e-3), balance
 
 
@@ -214,13 +262,108 @@ def test_shuffled_labels_move_between_patients_and_pairs_stay_together(tiny):
     labels = pd.concat([tiny.labels] * 3, ignore_index=True)[["patient", "label"]]
     labels["patient"] = np.arange(len(labels)) // 2
     labels = labels.iloc[:-1]  # one patient with one film
-    mixed = labels.assign(label=step.shuffled_labels(labels, 0))
+    mixed = labels.assign(label=data.shuffled_labels(labels, 0))
     pairs, moved = (t.groupby("patient")["label"].apply(tuple) for t in (labels, mixed))
     assert sorted(pairs) == sorted(moved) and (pairs != moved).sum() > 10
-    assert (mixed["label"] != step.shuffled_labels(labels, 1)).any()
-    trainer = step.Trainer(wanted(shuffle_labels=True), tiny, 0, RANDOM)
-    for part in (trainer.training, trainer.validation):
-        assert part.labels.tolist() == step.shuffled_labels(tiny.labels, 0).tolist()
+    assert (mixed["label"] != data.shuffled_labels(labels, 1)).any()
+    for part in step.fold_films(tiny, 0, step.Settings(shuffle_labels=True)):
+        assert part.labels.tolist() == data.shuffled_labels(tiny.labels, 0)[part.rows].tolist()
+
+
+def test_share_of_validation_patients_is_a_setting_and_noted(tiny):
+    usual, half = data.fold_parts(tiny, 0), data.fold_parts(tiny, 0, 0.5)
+    run = train(validation=0.5)
+    assert common.read_json(run.run_folder / "settings.json")["validation"] == 0.5
+    kept = load(run.run_folder)["validation"]["image"]
+    assert kept == tiny.labels["image"].iloc[half["validation"]].tolist()
+    assert run.train_films.rows.tolist() == half["train"].tolist()
+    assert len(kept) >= len(half["train"]) - 4 > 0 and len(kept) > len(usual["validation"]) + 4
+    with pytest.raises(UserError, match="validation 0.5 -> 0.4"):
+        go_on(validation=0.4)
+
+
+@pytest.mark.parametrize("share", [0, 0.6, -0.2])
+def test_share_of_validation_patients_that_leaves_none_or_too_few_is_refused(tiny, share):
+    with pytest.raises(UserError, match=f"--validation {share}.*0.5 at most"):
+        train(validation=share)
+
+
+@pytest.mark.parametrize("recipe", ["lesion", "plain"])
+def test_another_head_is_one_change_and_steps_4_and_5_run(tiny, recipe, monkeypatch):
+    def new_head(features):
+        return nn.Sequential(nn.Linear(features, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    monkeypatch.setattr(network, "new_head", new_head)
+    run = train(recipe=recipe, epochs=2)
+    before = step.network_and_optimizer(run.plan, run.weights)[0].state_dict()
+    moved = differences(dict(before), load(run.run_folder)["model"])
+    heads = ["head", "skip_head"] if recipe == "lesion" else ["head"]
+    assert {f"/{head}.{n}.weight" for head in heads for n in (0, 2)} <= set(moved)
+    found = conftest.run_main("05_evaluate.py", resamples=20, device="cpu", precision="fp32")
+    test = tiny.labels["image"][tiny.splits["fold"] == 0]
+    assert sorted(found.predictions["image"]) == sorted(test)
+    assert np.isfinite(found.predictions[found.PROBABILITIES]).all(axis=None)
+    assert np.isfinite(found.reading.cams).all() and np.ptp(found.reading.cams) > 0
+    assert common.read_json(run.run_folder / "metrics.json")["n"] == len(test)
+
+
+# ---------------------------------------------------------------------- cells, one after another
+
+
+def test_optimiser_that_was_put_in_the_place_of_ours_is_the_one_that_trains(console, monkeypatch):
+    answer_alike(monkeypatch)
+    before = {name: value.clone() for name, value in console["model"].state_dict().items()}
+    learning = [p for p in console["model"].parameters() if p.requires_grad]
+    console["optimizer"] = torch.optim.SGD(learning, lr=0.125, momentum=0.5)
+    console["settings"].epochs = console["settings"].patience = 3
+    run_cells(console, "Train")
+    last = load(console["run_folder"], "last.pt")
+    (group,) = last["optimizer"]["param_groups"]
+    assert group["momentum"] == 0.5 and len(last["optimizer"]["state"]) == len(learning)
+    assert all(set(s) == {"momentum_buffer"} for s in last["optimizer"]["state"].values())
+    assert differences(before, last["model"]), "nothing was learned"
+    assert console["history"]["lr"].tolist() == [0.125, 0.125, 0.0625], "rates are not halved"
+
+
+def test_optimiser_of_another_network_is_refused(console):
+    console["model"] = network.build_model("none")[0]
+    with pytest.raises(UserError, match="run the cell 'The network and its optimiser' first"):
+        run_cells(console, "Train")
+
+
+def test_training_cell_run_twice_gives_two_equal_runs(console):
+    folders = []
+    for _ in range(2):
+        run_cells(console, "Train")
+        folders.append(console["run_folder"])
+    assert [folder.name for folder in folders] == ["phantom-lesion-001", "phantom-lesion-002"]
+    assert_same_runs(*folders)
+
+
+def test_training_cell_that_was_stopped_goes_on_where_it_was(console, monkeypatch):
+    whole = train(run="whole", epochs=2).run_folder
+    console["settings"].epochs = 2
+    break_in(monkeypatch, torch, "save", 3)  # best.pt or last.pt of the second epoch
+    run_cells(console, "Train")
+    assert console["history"]["epoch"].tolist() == [1]
+    console["settings"].resume = True
+    run_cells(console, "Train")
+    assert console["history"]["epoch"].tolist() == [1, 2]
+    assert_same_runs(whole, console["run_folder"])
+
+
+def test_settings_that_changed_since_the_network_was_made_are_refused_in_one_message(console):
+    console["settings"].weight_decay, console["settings"].seed = 0.5, 1
+    said = "^seed, weight_decay changed since .*'The films of the first fold' on again"
+    with pytest.raises(UserError, match=said):
+        run_cells(console, "Train")
+    assert not list(common.runs_dir().glob("*/*"))
+    run_cells(console, "The films of the first fold")
+    groups = load(console["run_folder"], "last.pt")["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.5}
+    console["optimizer"] = torch.optim.SGD(console["model"].parameters(), lr=0.1)
+    with pytest.raises(UserError, match="the optimiser changed"):
+        run_cells(console, "Train")
 
 
 # ---------------------------------------------------------------------- stopping and going on
@@ -228,32 +371,34 @@ def test_shuffled_labels_move_between_patients_and_pairs_stay_together(tiny):
 
 def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(tiny, monkeypatch, capsys):
     changes = {"epochs": 2, "freeze": 3, "lr_patience": 1}
-    whole = step.train(wanted(run="whole", **changes))[2]
-    break_in(monkeypatch, "film_loss", 4)  # 2 batches an epoch
-    folder = step.train(wanted(run="stopped", **changes))[2]
+    whole = train(run="whole", **changes)
+    batches = len(whole.epoch_batches(whole.state))
+    break_in(monkeypatch, data, "augment", 1 + batches + 2)  # one is looked at before training
+    folder = train(run="stopped", **changes).run_folder
     assert "the state of epoch 1 is saved" in (printed := capsys.readouterr().out)
     assert "Next: python 04_train.py --resume --run stopped" in printed
-    assert load(folder, "last.pt")["epoch"] == 1
+    assert load(folder, "last.pt")["epoch"] == 1 and batches > 1
     torch.rand(7), np.random.rand(7)  # what else is drawn in a session must not matter
-    assert step.train(step.Settings(resume=True))[2] == folder
-    for name in ("best.pt", "last.pt"):
-        assert differences(load(whole, name), load(folder, name)) == []
-    pd.testing.assert_frame_equal(history(whole), history(folder))
-    assert differences(load(whole), load(whole, "last.pt")), "compares nothing"
+    assert go_on().run_folder == folder
+    assert_same_runs(whole.run_folder, folder)
+    assert differences(load(folder), load(folder, "last.pt")), "compares nothing"
 
 
-@pytest.mark.parametrize("name, call", [("save_checkpoint", 2), ("write_history", 1)])
-def test_stop_between_two_files_says_what_is_saved_and_loses_no_row(tiny, name, call, monkeypatch):
-    owner, name = (common, "write_csv") if name == "write_history" else (step, name)
-    break_in(monkeypatch, name, call, owner=owner)
-    _, _, folder = step.train(wanted(run="stopped"))
-    _, table, folder = step.train(wanted(run="stopped", resume=True))
-    assert table["epoch"].tolist() == [1] and history(folder)["epoch"].tolist() == [1]
-    assert pd.read_csv(folder / "fold-0" / "history.csv")["epoch"].tolist() == [1]
+@pytest.mark.parametrize("owner, name, call", [(torch, "save", 2), (common, "write_csv", 1)])
+def test_stop_between_two_files_says_what_is_saved_and_loses_no_row(
+    tiny, owner, name, call, monkeypatch, capsys
+):
+    break_in(monkeypatch, owner, name, call)
+    train(run="stopped")
+    saved = 1 if name == "write_csv" else 0
+    assert f"the state of epoch {saved} is saved" in capsys.readouterr().out
+    run = train(run="stopped", resume=True)
+    assert run.history["epoch"].tolist() == history(run.run_folder)["epoch"].tolist() == [1]
+    assert pd.read_csv(run.run_folder / "fold-0" / "history.csv")["epoch"].tolist() == [1]
 
 
 def test_full_disk_ends_with_one_message_and_the_last_state_stays(tiny, monkeypatch):
-    folder = step.train(wanted(run="whole"))[2]
+    folder = train(run="whole").run_folder
     files = sorted((folder / "fold-0").iterdir())
     before = [path.read_bytes() for path in files]
 
@@ -263,29 +408,30 @@ def test_full_disk_ends_with_one_message_and_the_last_state_stays(tiny, monkeypa
 
     monkeypatch.setattr(torch, "save", fill_the_disk)
     with pytest.raises(UserError, match=r"the disk is full.*\.pt"):
-        step.train(wanted(run="whole", resume=True, epochs=2))
+        train(run="whole", resume=True, epochs=2)
     assert sorted((folder / "fold-0").iterdir()) == files, "a part was left behind"
     assert [path.read_bytes() for path in files] == before
 
 
 def test_message_of_a_stop_names_the_epoch_that_is_saved(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(step.Trainer, "validate", constant_validation(step.Trainer.validate))
-    break_in(monkeypatch, "save_checkpoint", 3)  # best and last of epoch 1, last of epoch 2
-    folder = step.train(wanted(epochs=2))[2]
+    answer_alike(monkeypatch)
+    break_in(monkeypatch, torch, "save", 3)  # best and last of epoch 1, last of epoch 2
+    folder = train(epochs=2, patience=2).run_folder
     assert load(folder, "last.pt")["epoch"] == 1
     assert "the state of epoch 1 is saved" in capsys.readouterr().out
 
 
 KILLS = """
-import importlib, json, os, random, signal, sys, time
+import importlib, json, os, random, runpy, signal, sys, time
 sys.path.insert(0, sys.argv[1])
+import matplotlib.pyplot as plt
 import torch
 torch.set_num_threads(1)
 from torchvision.models.resnet import BasicBlock, ResNet
-step = importlib.import_module("04_train")
+step = importlib.import_module("04_train")  # all that is slow is imported before forking
 step.network.resnet18 = lambda weights: ResNet(BasicBlock, [1, 1, 1, 1])
-runs = step.common.runs_dir()
-quick = dict(source="phantom", weights="none", epochs=3, precision="fp32", freeze=5, device="cpu")
+step.common.show = lambda figure, path: plt.close(figure)
+runs, quick = step.common.runs_dir(), json.loads(sys.argv[2])
 counts = dict(kills=0, resumes=0, in_writes=0, finished=0, failed=0, lives=0)
 
 def life(name, delay, in_write):
@@ -297,7 +443,9 @@ def life(name, delay, in_write):
     if child == 0:
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            step.train(step.Settings(run=name, resume=resume, overwrite=not resume, **quick))
+            how = dict(run=name, resume=resume, overwrite=not resume)
+            step.common.command_line = lambda settings, _: settings(**quick, **how)
+            runpy.run_path(step.__file__, run_name="__main__")
             os._exit(0)
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
@@ -333,8 +481,9 @@ print(json.dumps({**counts, "seconds": round(time.time() - start, 1)}))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_run_killed_at_random_moments_ends_as_if_it_had_never_been(tiny):
+    quick = json.dumps({**QUICK, "epochs": 3, "patience": 3})
     done = subprocess.run(
-        [sys.executable, "-c", KILLS, str(conftest.PROJECT)],
+        [sys.executable, "-c", KILLS, str(conftest.PROJECT), quick],
         capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -353,6 +502,14 @@ def test_run_killed_at_random_moments_ends_as_if_it_had_never_been(tiny):
     assert not leftovers, f"half-written files are not removed: {leftovers}"
 
 
+def note_run(tiny, name, **changes):
+    """Write settings.json of a run that began with the quick settings."""
+    settings = dataclasses.asdict(step.Settings(**{**QUICK, **changes}))
+    record = {**settings, "data": tiny.identity(), "note": ""}
+    common.write_json(record, common.runs_dir(name) / "settings.json")
+    return record
+
+
 @pytest.mark.parametrize(
     "changes, named",
     [({"seed": 1}, "seed 0 -> 1"), ({"recipe": "plain"}, "recipe lesion -> plain")]
@@ -361,47 +518,59 @@ def test_run_killed_at_random_moments_ends_as_if_it_had_never_been(tiny):
 def test_resume_with_other_settings_or_data_is_refused_and_names_the_difference(
     tiny, changes, named
 ):
-    record = {**dataclasses.asdict(wanted()), "recipe": "lesion", "data": step.describe_data(tiny)}
-    common.write_json(record, common.runs_dir("old") / "settings.json")
+    note_run(tiny, "old")
     if not changes:
         changed = tiny.splits.assign(fold=(tiny.splits["fold"] + 1) % 3)
         common.write_csv(changed, tiny.folder / "splits.csv")
     with pytest.raises(UserError, match=named):
-        step.train(wanted(run="old", resume=True, **changes))
+        train(run="old", resume=True, **changes)
 
 
 def test_resume_with_other_weights_than_the_run_began_with_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(network, "load_weights", lambda weights: (None, "none (random start)"))
-    step.train(wanted(run="old", weights="auto", freeze=-1))
+    train(run="old", weights="auto", freeze=-1)
     state = {k: v for k, v in network.resnet18().state_dict().items() if k[:3] != "fc."}
     monkeypatch.setattr(network, "load_weights", lambda weights: (state, "ImageNet"))
     with pytest.raises(UserError, match="none.*ImageNet"):
-        step.train(step.Settings(run="old", resume=True, epochs=2))
+        go_on(run="old", epochs=2)
 
 
 def test_truncated_last_state_is_named_and_the_best_one_offered(tiny):
-    folder = step.train(wanted())[2] / "fold-0"
+    folder = train().run_folder / "fold-0"
     os.truncate(folder / "last.pt", 1000)
     with pytest.raises(UserError) as caught:
-        step.train(wanted(resume=True, epochs=2))
+        train(resume=True, epochs=2)
     assert str(folder / "last.pt") in str(caught.value)
     assert f"{folder / 'best.pt'} is still there" in str(caught.value)
+
+
+def test_runs_and_checkpoints_of_an_earlier_version_are_refused(tiny):
+    folder = train().run_folder
+    best, record = load(folder), common.read_json(folder / "settings.json")
+    torch.save({k: v for k, v in best.items() if k != "temperature"}, folder / "fold-0/best.pt")
+    with pytest.raises(UserError, match="best.pt was made by an earlier version; train again"):
+        conftest.run_main("05_evaluate.py")
+    del record["note"]
+    common.write_json(record, folder / "settings.json")
+    for name, changes in {"04_train.py": {"resume": True}, "05_evaluate.py": {}}.items():
+        with pytest.raises(UserError, match=f"{folder.name} was made by an earlier version"):
+            conftest.run_main(name, **changes)
 
 
 # ---------------------------------------------------------------------- names and refusals
 
 
 def test_runs_are_numbered_and_a_taken_name_is_only_replaced_on_request(tiny):
-    folders = [step.train(wanted())[2].name for _ in range(2)]
+    folders = [train().run_folder.name for _ in range(2)]
     assert folders == ["phantom-lesion-001", "phantom-lesion-002"]
     shutil.rmtree(common.runs_dir("phantom-lesion-001"))
     mark = common.runs_dir("phantom-lesion-002") / "mark.txt"
     mark.touch()
     with pytest.raises(UserError, match="phantom-lesion-002 exists.*--overwrite"):
-        step.train(wanted(run="phantom-lesion-002"))
+        train(run="phantom-lesion-002")
     assert mark.exists()
-    step.train(wanted(run="phantom-lesion-002", overwrite=True))
-    assert not mark.exists() and step.train(wanted())[2].name == "phantom-lesion-003"
+    train(run="phantom-lesion-002", overwrite=True)
+    assert not mark.exists() and train().run_folder.name == "phantom-lesion-003"
 
 
 @pytest.mark.parametrize("fold", ["3", "-1", "x", "", "0,9", "0.5", "²"])
@@ -409,99 +578,90 @@ def test_bad_fold_is_refused_before_anything_is_deleted(tiny, fold):
     mark = common.runs_dir("old") / "mark.txt"
     common.write_json({}, mark)
     with pytest.raises(UserError, match="expected 0 to 2, or all"):
-        step.train(wanted(fold=fold, run="old", overwrite=True))
+        train(fold=fold, run="old", overwrite=True)
     assert mark.exists()
 
 
 @pytest.mark.parametrize("name", ["..", ".", "../data", "a/b", "a\\b", " "])
-def test_run_name_never_leads_out_of_the_folder_of_runs(tiny, name, monkeypatch):
+def test_run_name_never_leads_out_of_the_folder_of_runs(tiny, home, name):
     common.runs_dir("other").mkdir(parents=True)
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="--run"):
-        patch.setattr(step.shutil, "rmtree", lambda path: pytest.fail(f"would delete {path}"))
-        step.train(wanted(run=name, overwrite=True))
+    before = sorted(home.rglob("*"))
+    with pytest.raises(UserError, match="--run"):
+        train(run=name, overwrite=True)
+    assert sorted(home.rglob("*")) == before
 
 
 @pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
 def test_run_that_is_being_trained_is_refused_and_left_alone(tiny, how):
-    record = {**dataclasses.asdict(wanted()), "data": step.describe_data(tiny)}
-    common.write_json(record, common.runs_dir("busy") / "settings.json")
+    record = note_run(tiny, "busy")
     with common.locked(common.runs_dir("busy")):
         with pytest.raises(UserError, match="another process|exists"):
-            step.train(wanted(run="busy", **how))
-        assert common.runs_dir("busy/settings.json").is_file()
+            train(run="busy", **how)
+        assert common.read_json(common.runs_dir("busy") / "settings.json") == record
 
 
 def test_run_that_could_not_begin_does_not_take_its_name(tiny):
     with pytest.raises(UserError, match="missing.pth"):
-        step.train(wanted(run="mine", weights="missing.pth"))
-    assert step.train(wanted(run="mine"))[2].name == "mine"
+        train(run="mine", weights="missing.pth")
+    assert train(run="mine").run_folder.name == "mine"
 
 
 # ---------------------------------------------------------------------- trouble on the way
 
 
 def test_loss_that_is_not_finite_stops_with_its_films_named_and_the_state_kept(tiny, monkeypatch):
-    whole, epochs = step.Trainer.train_epoch, []
+    whole = network.predict
 
-    def poisoned(trainer, progress):
-        epochs.append(trainer)
-        if len(epochs) == 2:
-            monkeypatch.setattr(step, "film_loss", lambda logits, *rest: logits.sum() * np.nan)
-        return whole(trainer, progress)
+    def predict(*args):  # at the end of the first epoch
+        poisoned = lambda films, labels, generator, strength, maps: (films * np.nan, maps)  # noqa: E731
+        monkeypatch.setattr(data, "augment", poisoned)
+        return whole(*args)
 
-    monkeypatch.setattr(step.Trainer, "train_epoch", poisoned)
+    monkeypatch.setattr(network, "predict", predict)
     with pytest.raises(UserError, match="nan in epoch 2.*lower --lr") as caught:
-        step.train(wanted(run="nan", epochs=3))
-    train = tiny.labels["image"].iloc[data.fold_parts(tiny.splits, tiny.labels, 0)["train"]]
+        train(run="nan", epochs=3)
+    rows = data.fold_parts(tiny, 0)["train"]
     named = re.findall(r"mdb\d+", str(caught.value))
-    assert len(named) == 8 and set(named) <= set(train)
+    assert len(named) == 8 and set(named) <= set(tiny.labels["image"].iloc[rows])
     assert load(common.runs_dir("nan"), "last.pt")["epoch"] == 1
     assert load(common.runs_dir("nan"))["epoch"] == 1
 
 
 def test_state_with_a_validation_loss_that_is_not_finite_is_never_saved(tiny, monkeypatch):
-    whole = step.Trainer.validate
+    whole, epochs = network.predict, []
 
-    def validate(trainer):
-        logits, labels, metrics = whole(trainer)
-        value = metrics["val_loss"] if trainer.epoch == 0 else np.nan
-        return logits, labels, {**metrics, "val_loss": value}
+    def predict(*args):
+        epochs.append(len(epochs))
+        return whole(*args)._replace(logits=whole(*args).logits * [1, np.nan][epochs[-1]])
 
-    monkeypatch.setattr(step.Trainer, "validate", validate)
+    monkeypatch.setattr(network, "predict", predict)
     with pytest.raises(UserError, match="epoch 2"):
-        step.train(wanted(run="nan", epochs=2))
+        train(run="nan", epochs=2)
     assert load(common.runs_dir("nan"), "last.pt")["epoch"] == 1
 
 
 @pytest.mark.parametrize("real", [False, True])
-def test_lack_of_memory_names_a_smaller_batch_size(tiny, real, monkeypatch):
-    def train_epoch(trainer, progress):
+@pytest.mark.parametrize("owner, name", [(data, "augment"), (torch.Tensor, "backward")])
+def test_lack_of_memory_names_a_smaller_batch_size(tiny, owner, name, real, monkeypatch):
+    """In the batch that is looked at, and in training."""
+
+    def fail(*args, **kwargs):
         torch.empty(10**15) if real else None
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(step.Trainer, "train_epoch", train_epoch)
+    monkeypatch.setattr(owner, name, fail)
     with pytest.raises(UserError, match="memory.*--batch-size 4"):
-        step.train(wanted())
-
-
-def constant_validation(whole):
-    """Return a validate() whose loss never changes."""
-
-    def validate(trainer):
-        logits, labels, metrics = whole(trainer)
-        return logits, labels, {**metrics, "val_loss": 1.0}
-
-    return validate
+        train()
 
 
 def test_rates_are_halved_and_training_stops_without_a_better_validation_loss(tiny, monkeypatch):
-    monkeypatch.setattr(step.Trainer, "validate", constant_validation(step.Trainer.validate))
-    monkeypatch.setattr(step.Trainer, "train_epoch", lambda trainer, progress: (1.0, 0.5))
-    changes = {"epochs": 20, "patience": 5, "lr_patience": 2, "freeze": 4}
-    _, table, folder = step.train(wanted(lr=0.5, weights="none", **changes))
-    assert table["lr"].tolist() == [0.5, 0.5, 0.5, 0.25, 0.25, 0.125]
-    rates = [group["lr"] for group in load(folder, "last.pt")["optimizer"]["param_groups"]]
-    assert rates == [0.125, 0.125] and load(folder)["epoch"] == 1
+    answer_alike(monkeypatch)
+    rate = 2.0**-10
+    run = train(lr=rate, epochs=20, patience=5, lr_patience=2, freeze=4)
+    assert (run.history["lr"] / rate).tolist() == [1, 1, 1, 0.5, 0.5, 0.25]
+    groups = load(run.run_folder, "last.pt")["optimizer"]["param_groups"]
+    assert [group["lr"] / rate for group in groups] == [0.25, 0.25]
+    assert load(run.run_folder)["epoch"] == 1
 
 
 # ---------------------------------------------------------------------- machine, command line
@@ -510,43 +670,15 @@ def test_rates_are_halved_and_training_stops_without_a_better_validation_loss(ti
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs /proc/cpuinfo")
 def test_automatic_precision_is_bf16_only_where_this_processor_multiplies_it(tiny):
     native = "avx512_bf16" in Path("/proc/cpuinfo").read_text()
-    trainer = step.Trainer(wanted(precision="auto"), tiny, 0, RANDOM)
-    assert trainer.dtype == (torch.bfloat16 if native else torch.float32)
+    record = common.read_json(train(precision="auto").run_folder / "settings.json")
+    assert record["precision_used"] == ("bfloat16" if native else "float32")
 
 
 def test_bf16_trains_and_is_recorded(tiny):
-    _, table, folder = step.train(wanted(precision="bf16", freeze=4))
-    assert common.read_json(folder / "settings.json")["precision_used"] == "bfloat16"
-    assert np.isfinite(table).all(axis=None)
-    assert {v.dtype for v in load(folder)["model"].values()} == {torch.float32, torch.int64}
-
-
-def test_stopwatch_adds_up_phases_and_puts_the_longest_first(monkeypatch):
-    ticks = iter([0.0, 1.0, 10.0, 13.0, 20.0, 24.0])
-    monkeypatch.setattr(common.time, "perf_counter", lambda: next(ticks))
-    watch = common.Stopwatch()
-    for phase in ("backward", "forward", "backward"):
-        with watch(phase):
-            pass
-    found = watch.table()
-    assert found.index.tolist() == ["backward", "forward"]
-    assert found["seconds"].tolist() == [5, 3] and found["share"].tolist() == [0.625, 0.375]
-
-
-def test_profile_shows_every_phase_and_is_silent_unless_asked_for(tiny, capsys):
-    phases = "batches augmentation forward backward optimiser validation checkpoints".split()
-    step.train(wanted())
-    assert "where the time" not in capsys.readouterr().out
-    start = time.perf_counter()
-    step.train(wanted(profile=True))
-    limit, printed = time.perf_counter() - start, capsys.readouterr().out
-    printed = printed.split("where the time of fold 0 went\n")[1].split("\n\n")[0]
-    rows = {
-        line.split()[0]: tuple(map(float, line.split()[1:])) for line in printed.split("\n")[1:]
-    }
-    assert sorted(rows) == sorted(phases) and min(seconds for seconds, _ in rows.values()) >= 0
-    assert sum(share for _, share in rows.values()) == pytest.approx(1, abs=0.01)
-    assert 0.02 * limit < sum(seconds for seconds, _ in rows.values()) < limit
+    run = train(precision="bf16", freeze=4)
+    assert common.read_json(run.run_folder / "settings.json")["precision_used"] == "bfloat16"
+    assert np.isfinite(run.history).all(axis=None)
+    assert {v.dtype for v in load(run.run_folder)["model"].values()} == {torch.float32, torch.int64}
 
 
 def test_command_prints_a_line_an_epoch_and_names_the_run_and_the_next_command(tiny, home):

@@ -20,12 +20,16 @@ import json
 import multiprocessing
 import os
 import platform
+import re
+import runpy
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, Tuple
+from unittest import mock
 
 sys.path.insert(0, str(Path(globals().get("__file__", "cell")).resolve().parents[2]))
 
@@ -42,7 +46,7 @@ import common
 from common import UserError
 
 steps = importlib.import_module("04_train")
-data, network, prepare = steps.data, steps.network, steps.prepare
+data, network, prepare = steps.data, steps.network, steps.data.prepare
 NAMES = ("epoch", "ordinary", "preparation", "flat", "bf16", "quality")
 
 
@@ -73,8 +77,8 @@ def filled_in(settings):
     if unknown := set(settings.only) - set(NAMES):
         raise UserError(f"--only {common.listing(unknown)}: expected some of {', '.join(NAMES)}")
     if settings.quick:
-        tiny = {"size": "128x72", "films": 60, "batch_size": 4, "rounds": 1, "epochs": 1}
-        settings = replace(settings, **tiny, flat_films=6000, flat_steps=6)
+        tiny = {"size": "64x64", "films": 40, "batch_size": 4, "rounds": 1, "epochs": 1}
+        settings = replace(settings, **tiny, flat_films=4000, flat_steps=4)
     on_gpu = common.choose_device(settings.device).type == "cuda"
     return replace(settings, films=settings.films or (3220 if on_gpu else 160))
 
@@ -134,32 +138,41 @@ def cores():
 
 
 # %% Films: prepared ones, repeated with noise to any number on any canvas
-@contextlib.contextmanager
-def data_in(folder):
-    """Let the steps keep their data in another folder for a while."""
-    before = os.environ.get("BCD_DATA_DIR", "")  # an empty one counts as none
-    os.environ["BCD_DATA_DIR"] = str(folder)
-    try:
-        yield
-    finally:
-        os.environ["BCD_DATA_DIR"] = before
+def below(home):
+    """Let the steps keep their data and runs below a folder, as a context manager."""
+    folders = {"BCD_DATA_DIR": str(home), "BCD_RUNS_DIR": str(home / "runs")}
+    return mock.patch.dict(os.environ, folders)
 
 
-def preparation_settings(settings, raw=""):
-    """Return step 1's settings: phantoms (few and small in a try), or the MIAS films in `raw`."""
-    if settings.source == "mias":
-        return prepare.Settings("mias", raw, size=settings.size, allow_partial=True)
+def run_script(name, home, **flags):
+    """Run a script with flags, data and runs below `home`; return its variables.
+
+    Its cells that only look are left out, since pictures are not what is timed.
+    """
+    text = (common.PROJECT / name).read_text(encoding="utf-8")
+    path = home / name
+    home.mkdir(parents=True, exist_ok=True)
+    path.write_text(re.sub(r"(?ms)^# %% Look.*?(?=^# %%|\Z)", "", text), encoding="utf-8")
+    words = [str(path)]
+    for flag, value in flags.items():
+        words += [f"--{flag.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    with below(home), mock.patch.multiple(sys, argv=words, path=[*sys.path]):
+        return runpy.run_path(str(path), run_name="__main__")
+
+
+def run_step_1(settings, home, **flags):
+    """Run step 1 below `home`, in a try on few and small phantoms; return what it prepared."""
     few = {"patients": 24, "phantom_size": 256} if settings.quick else {}
-    return prepare.Settings("phantom", size=settings.size, **few)
+    flags = {"source": settings.source, **few, **flags}
+    return run_script("01_prepare_data.py", home, **flags)["prepared"]
 
 
 def prepared_films(settings, home):
     """Return prepared films to begin with, in memory: MIAS as it is prepared, or phantoms."""
     if settings.source == "mias":
-        prepared = prepare.load_prepared("mias")
+        prepared = common.load_prepared("mias")
     else:
-        with data_in(home):
-            prepared = prepare.prepare(preparation_settings(settings))
+        prepared = run_step_1(settings, home, size=settings.size)
     # a database may have a class at its end: mix the patients, so that few films have all classes
     patient = prepared.labels["patient"]
     mixed = patient.drop_duplicates().sample(frac=1, random_state=0)
@@ -169,22 +182,19 @@ def prepared_films(settings, home):
 
 
 def repeated(prepared, count, size, home):
-    """Write `count` films on canvases of `size`, copies of prepared ones with noise of their own.
+    """Save `count` films on canvases of `size`, copies of prepared ones with noise of their own.
 
-    Each copy of a patient is a patient of its own. The files and tables are those of step 1, in a
-    folder below `home`; what comes back was opened by step 1, the films as a memory map.
+    Each copy of a patient is a patient of its own. What comes back lies below `home` as step 1
+    would have saved it, the films as a memory map.
     """
-    source = f"repeated-{count}-{size[0]}x{size[1]}"
-    folder = home / source
-    folder.mkdir(parents=True, exist_ok=True)
-    films = np.lib.format.open_memmap(str(folder / "films.npy"), "w+", np.uint8, (count, *size))
     resized = [np.asarray(Image.fromarray(film).resize(size[::-1])) for film in prepared.films]
-    rng = np.random.default_rng(0)
-    for n in range(count):
-        film = resized[n % len(resized)]
-        noise = rng.integers(-3, 4, size) * (film > 0)  # black stays black, as on prepared films
-        films[n] = (film + noise).clip(0, 255)
-    films.flush()
+
+    def films():
+        rng = np.random.default_rng(0)
+        for n in range(count):
+            film = resized[n % len(resized)]
+            noise = rng.integers(-3, 4, size) * (film > 0)  # black stays black
+            yield (film + noise).clip(0, 255).astype(np.uint8)
 
     def copied(table):
         parts = [
@@ -193,30 +203,32 @@ def repeated(prepared, count, size, home):
         ]
         return pd.concat(parts, ignore_index=True)
 
-    labels = copied(prepared.labels)[:count]
-    findings = copied(prepared.findings)
+    labels, findings = copied(prepared.labels)[:count], copied(prepared.findings)
     findings = findings[findings["image"].isin(labels["image"])].reset_index(drop=True)
     down, across = np.divide(size, prepared.films.shape[1:])
     findings["canvas_x"] *= across
     findings[["canvas_y", "canvas_radius"]] *= down
-    tables = {"films": copied(prepared.table)[:count], "labels": labels, "findings": findings}
-    tables["splits"] = prepare.split_patients(labels, 5, 0)
-    for name, table in tables.items():
-        common.write_csv(table, folder / f"{name}.csv")
-    common.write_json({"fingerprint": source}, folder / "prepared.json")
-    with data_in(home):
-        return prepare.load_prepared(source)
+    splits = labels[["image", "patient"]].assign(fold=prepare.deal_patients(labels, 5, 0, 1))
+    tables = {"films.csv": copied(prepared.table)[:count], "labels.csv": labels,
+              "findings.csv": findings, "splits.csv": splits}  # fmt: skip
+    source = f"repeated-{count}-{size[0]}x{size[1]}"
+    state = {"films": count, "size": size, "pixels": source, "split_seed": 0, "note": ""}
+    prepare.save(home / source, films(), tables, state)
+    with below(home):
+        return common.load_prepared(source)
 
 
-def new_trainer(prepared, settings, freeze, precision=None):
-    """Return step 4's Trainer. Values of weights cost no time, so a random start will do."""
+def new_state(prepared, settings, freeze, precision=None):
+    """Return step 4's FoldState. Values of weights cost no time, so a random start will do."""
     chosen = steps.Settings(
         batch_size=settings.batch_size,
         freeze=freeze,
         device=settings.device,
         precision=precision or settings.precision,
     )
-    return steps.Trainer(chosen, prepared, 0, (None, "none (random start)"))
+    plan, _ = steps.make_plan(chosen, prepared)
+    parts = steps.network_and_optimizer(plan, (None, "none (random start)"))
+    return steps.FoldState(0, plan, steps.fold_films(prepared, 0, plan), parts)
 
 
 if __name__ == "__main__":
@@ -234,35 +246,22 @@ class Enough(Exception):
 class Turns(common.Progress):
     """A progress line that times the epoch it is given to, and runs a bare step after each batch.
 
-    Parameters
-    ----------
-    total, label : int, str
-        Films to come, and what they are for.
-    bare : callable
-        ``bare(count)`` runs a bare step with `count` films.
-    trainer : Trainer
-        Names the device and the batch size. On a GPU a turn is 25 batches, since it ends with
-        waiting for the GPU.
-    most : int, optional
-        Batches after which `Enough` is raised.
-
-    Notes
-    -----
-    `ours` and `bares` are the seconds of each turn. What an epoch does before its first batch is
-    in its first turn.
+    ``bare(count)`` runs one with `count` films. On a GPU a turn is 25 batches, since it ends with
+    waiting for the GPU; after `most` batches `Enough` is raised. `ours` and `bares` are the seconds
+    of each turn. What an epoch does before its first batch is in its first turn.
     """
 
-    def __init__(self, total, label, bare, trainer, most=None):
+    def __init__(self, total, label, bare, device, most=None):
         super().__init__(total, label)
-        self.bare, self.most, self.device = bare, most, trainer.device
-        self.size, self.turn = trainer.settings.batch_size, 1 if self.device.type == "cpu" else 25
+        self.bare, self.most, self.device = bare, most, device
+        self.turn = 1 if device.type == "cpu" else 25
         self.ours, self.bares, self.counts, self.batches, self.own_memory = [], [], [], 0, 0
-        self.mark = now(self.device)
+        self.mark = now(device)
 
     def step(self, count=1, text=""):
         """Take note of a batch; when the turn is over, time as many bare steps."""
         super().step(count, text)
-        self.counts += [min(self.size, count - n) for n in range(0, count, self.size)]
+        self.counts.append(count)
         if len(self.counts) >= self.turn or self.done >= self.total:
             middle = now(self.device)
             for films in self.counts:
@@ -304,14 +303,16 @@ def peak_memory():
     return None
 
 
-def bare_step(trainer, training):
+def bare_step(state, training):
     """Return a function that runs the network, and trains it, on a resident random batch.
 
-    The network is the Trainer's own, so that everything about it is the same: forward, and for
+    The network is the fold's own, so that everything about it is the same: forward, and for
     training the films' loss, backward, clipping and the optimiser; nothing else.
     """
-    device, dtype, model = trainer.device, trainer.dtype, trainer.model
-    films = torch.rand(trainer.settings.batch_size, 1, *trainer.training.films.shape[1:])
+    model = state.model if training else state.average.module
+    device = common.choose_device(state.plan.device)
+    dtype = common.choose_precision(state.plan.precision, device)
+    films = torch.rand(state.plan.batch_size, 1, *state.train_films.films.shape[1:])
     films = films.to(device, memory_format=torch.channels_last)
     labels = torch.arange(len(films), device=device) % 3
 
@@ -321,25 +322,25 @@ def bare_step(trainer, training):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits, _ = model(batch)
             if training:
-                trainer.optimizer.zero_grad(set_to_none=True)
-                steps.film_loss(logits, labels[:count]).backward()
-                nn.utils.clip_grad_norm_(model.parameters(), trainer.settings.max_norm)
-                trainer.optimizer.step()
+                state.optimizer.zero_grad(set_to_none=True)
+                nn.functional.cross_entropy(logits.float(), labels[:count]).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), state.plan.max_norm)
+                state.optimizer.step()
 
     return step
 
 
-def timed(run, total, label, bare, trainer, batches=None):
+def timed(run, total, label, bare, device, batches=None):
     """Return the Turns of ``run(progress)``, run once, or again and again up to `batches`.
 
     The first three batches are run before and not counted.
     """
     with contextlib.suppress(Enough):
-        run(Turns(total, label, bare, trainer, 3))
-    turns = Turns(total, label, bare, trainer, batches)
+        run(Turns(total, label, bare, device, 3))
+    turns = Turns(total, label, bare, device, batches)
     with contextlib.suppress(Enough):
         run(turns)
-        turns.ours[-1] += now(trainer.device) - turns.mark  # after the last batch
+        turns.ours[-1] += now(device) - turns.mark  # after the last batch
         while batches:
             run(turns)
     turns.close(f"{label}: {sum(turns.ours):.2f} s, bare {sum(turns.bares):.2f} s")
@@ -349,21 +350,22 @@ def timed(run, total, label, bare, trainer, batches=None):
 # %% Close to the limit: an epoch against bare steps, validation against bare inference
 def epoch_against_bare(prepared, settings):
     """Return rows: seconds of an epoch of step 4 divided by those of as many bare steps."""
-    rows = []
+    rows, device = [], common.choose_device(settings.device)
+    most = 1.15 if device.type == "cuda" else 1.05
     for freeze, name in ((3, "3 stages frozen"), (0, "all stages trained")):
-        trainer = new_trainer(prepared, settings, freeze)
-        most = 1.15 if trainer.device.type == "cuda" else 1.05
+        state = new_state(prepared, settings, freeze)
 
-        def validate(progress, t=trainer):
-            network.predict(t.model, t.validation, settings.batch_size, t.dtype, progress=progress)
+        def validate(progress, state=state):
+            with mock.patch.object(network, "predict", partial(network.predict, progress=progress)):
+                steps.validate(state)
 
         sides = (
-            ("epoch / bare steps", trainer.train_epoch, trainer.training, True),
-            ("validation / bare inference", validate, trainer.validation, False),
+            ("epoch / bare steps", partial(steps.train_epoch, state), state.train_films, True),
+            ("validation / bare inference", validate, state.validation_films, False),
         )
         for what, run, part, training in sides:
-            label, bare = f"{what}, {name}", bare_step(trainer, training)
-            rounds = [timed(run, len(part), label, bare, trainer) for _ in range(settings.rounds)]
+            label, bare = f"{what}, {name}", bare_step(state, training)
+            rounds = [timed(run, len(part), label, bare, device) for _ in range(settings.rounds)]
             seconds = np.array([(sum(t.ours), sum(t.bares)) for t in rounds])  # (rounds, 2)
             ratio = np.median(seconds[:, 0] / seconds[:, 1])
             per_film = np.median(seconds[:, 0]) / len(part)
@@ -450,11 +452,12 @@ def with_fastai(dataset, settings, size):
 
 def ours(prepared, settings, freeze, precision=None):
     """Return a function that trains an epoch of step 4."""
-    trainer = new_trainer(prepared, settings, freeze, precision)
+    state = new_state(prepared, settings, freeze, precision)
+    count = len(state.train_films)
 
     def epoch():
-        trainer.train_epoch(common.Progress(len(trainer.training), "an epoch of ours"))
-        return len(trainer.training)
+        steps.train_epoch(state, common.Progress(count, "an epoch of ours"))
+        return count
 
     return epoch
 
@@ -473,7 +476,7 @@ def race(sides, rounds):
 def against_ordinary(prepared, settings):
     """Return rows: films/s of the ordinary script, of fastai and of step 4."""
     size = prepared.films.shape[1:]
-    rows_used = data.fold_parts(prepared.splits, prepared.labels, 0)["train"]
+    rows_used = data.fold_parts(prepared, 0)["train"]
     files, labels = prepared.table["file"].iloc[rows_used], prepared.labels["label"].iloc[rows_used]
     dataset = FilmFiles(files, labels, size)
     device, rows = common.choose_device(settings.device), []
@@ -528,14 +531,12 @@ def preparation(base, settings, home):
 
     speeds = race({"decode alone": decode, "film work": film_work}, settings.rounds)
     speed, ratio = speeds["film work"], speeds["film work"] / speeds["decode alone"]
-    seconds, chosen = [], preparation_settings(settings, str(paths[0].parent))
-    with data_in(home):
-        state = common.data_dir(base.source) / "prepared.json"
-        state.unlink() if state.is_file() else None
-        for _ in range(2):
-            start = time.perf_counter()
-            prepare.prepare(chosen)
-            seconds.append(time.perf_counter() - start)
+    common.discard(home / base.source / "prepared.json")
+    seconds, flags = [], {"images": paths[0].parent, "size": settings.size, "allow_partial": True}
+    for _ in range(2):
+        start = time.perf_counter()
+        run_step_1(settings, home, **flags)
+        seconds.append(time.perf_counter() - start)
     label, name = f"film work, {os.cpu_count()} threads", "preparation"
     return [
         row(name, "PIL decode alone, one process", speeds["decode alone"], "films/s"),
@@ -555,10 +556,11 @@ def measure_flat(source, settings):
     """Return figures of training on data/<source>; the work of a fresh process."""
     settings = Settings(**settings)
     start = time.perf_counter()
-    trainer = new_trainer(prepare.load_prepared(source), settings, 3)
+    state = new_state(common.load_prepared(source), settings, 3)
     built = time.perf_counter() - start
-    total, bare = settings.flat_steps * settings.batch_size, bare_step(trainer, True)
-    turns = timed(trainer.train_epoch, total, source, bare, trainer, settings.flat_steps)
+    run, total = partial(steps.train_epoch, state), settings.flat_steps * settings.batch_size
+    device = common.choose_device(settings.device)
+    turns = timed(run, total, source, bare_step(state, True), device, settings.flat_steps)
     return {
         "built": built,
         "seconds": sum(turns.ours) / turns.done,
@@ -583,7 +585,7 @@ def flat(base, settings, home):
     )
     folder = str(common.PROJECT / "tests" / "benchmarks")
     found = {source: [] for source in sources}
-    with data_in(home):
+    with below(home):
         for source in sources * settings.rounds:
             values = json.dumps([source, asdict(settings)])
             command = [sys.executable, "-c", code, folder, values]
@@ -661,29 +663,23 @@ def rounded_convolutions(device):
         nn.Conv2d._conv_forward = plain
 
 
-def quality(prepared, settings, home):
+def quality(base, settings, home):
     """Return rows: validation loss and macro-F1 of fold 0 in both precisions, seed by seed."""
     device = common.choose_device(settings.device)
-    weights = network.load_weights(settings.weights)
+    folder = Path(base.table["file"].iloc[0]).parent
+    run_step_1(settings, home, images=folder, allow_partial=True)
+    names = "source device batch_size epochs weights".split()
+    flags = {name: getattr(settings, name) for name in names}
+    flags.update(run="quality", overwrite=True, patience=10**6)  # all train equally long
     found = []
     for seed in range(settings.seeds):
         for precision in ("fp32", "bf16"):
-            chosen = steps.Settings(
-                precision=precision,
-                seed=seed,
-                device=settings.device,
-                batch_size=settings.batch_size,
-                epochs=settings.epochs,
-                patience=10**6,  # all train equally long
-            )
             print(f"{precision}, seed {seed}", flush=True)
             with rounded_convolutions(device):
-                _, history, whole = steps.fit_fold(
-                    chosen, prepared, 0, weights, home / "quality", {}
-                )
-            if not whole:
+                done = run_script("04_train.py", home, precision=precision, seed=seed, **flags)
+            if not done["whole"]:
                 raise KeyboardInterrupt
-            best = history.loc[history["val_loss"].idxmin()]
+            best = done["history"].loc[done["history"]["val_loss"].idxmin()]
             found.append({**best, "precision": precision, "seed": seed})
     rows, found = [], pd.DataFrame(found).set_index(["precision", "seed"])
     for name in ("val_loss", "val_macro_f1"):
@@ -699,9 +695,7 @@ def quality(prepared, settings, home):
 
 
 if __name__ == "__main__" and "quality" in settings.only:
-    with data_in(home):
-        judged = base if settings.source == "mias" else prepare.prepare(prepare.Settings("phantom"))
-    results["quality"] = quality(judged, settings, home)
+    results["quality"] = quality(base, settings, home)
 
 
 # %% The whole table
