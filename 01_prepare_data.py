@@ -82,8 +82,8 @@ def filled(folder, stamp, fill):
 
 
 # %% Archives: what a tar or a zip holds
-# An archive from the internet may lead outside of its folder, or unpack to more than the disk
-# holds. Only regular files are written, under their base names; the rest is refused.
+# One loop for tar and zip: the name, the size, and how to open each member. What is no regular file
+# (a link, a device) cannot be opened, and is refused below.
 def members(archive):
     """Yield (name, bytes, open function or None where no regular file) of a tar or zip."""
     if zipfile.is_zipfile(archive):
@@ -103,7 +103,8 @@ def members(archive):
 
 # %% Unpack: flat, and only what is a film or a text
 # An archive from the internet may lead outside of its folder, or unpack to more than the disk
-# holds. Only regular files are written, under their base names; the rest is refused, with its name.
+# holds. Films and texts are written under their base names, other files are skipped; links and
+# names with ".." are refused.
 def unpack(archive, folder):
     """Write the films and texts of an archive, flat; ValueError says what is not allowed.
 
@@ -398,13 +399,13 @@ def guess_laterality(film):
     return "right" if columns[-middle:].sum() > columns[:middle].sum() else "left"
 
 
-# %% Tissue and film: the grey level that parts them
-# Every film has its own grey levels, so the threshold is computed for each: film is nearly black,
-# tissue is not, and the skin line lies between.
+# %% Tissue and background: the grey level that parts them
+# Every film has its own grey levels, so the threshold is computed for each: background is nearly
+# black, tissue is not, and the skin line lies between.
 def tissue_threshold(film):
-    """Return the grey level that parts film from tissue: Otsu (1979), then two thirds back to film.
+    """Return the grey level between tissue and background: Otsu's (1979), two thirds moved back.
 
-    Square roots of the grey levels, because the skin line is nearly as dark as the film; for the
+    Square roots of the grey levels, because the skin line is nearly as dark as background; for the
     same reason Otsu's level alone would shave the skin off.
     """
     root = np.sqrt(np.arange(256))
@@ -412,14 +413,15 @@ def tissue_threshold(film):
     n, total = np.cumsum(counts), np.cumsum(counts * root)
     between = (total[-1] * n - n[-1] * total) ** 2 / np.maximum(n * (n[-1] - n), 1)
     otsu = between.argmax()
-    # Level 0 is left out: it is the padding round the film rather than film.
+    # Level 0 is left out: it is the padding round the film.
     unlit = total[otsu] / max(n[otsu] - n[0], 1)
     return ((2 * unlit + root[otsu]) / 3) ** 2
 
 
-# %% Masks: pieces that hang together
-# Which bright pixels belong to the breast and which to a label? Those that hang together with it.
-# Sweeps over whole columns take two or three rounds; pixel by pixel it would be a hundred.
+# %% Masks: the connected component of a seed
+# Which bright pixels belong to the breast and which to a label? Those that are connected to it.
+# Each sweep spreads the seed along the columns up to the next wall, in four directions, until
+# nothing changes: two or three rounds, where pixel by pixel it would be a hundred.
 def connected(seed, mask):
     """Return the pixels of a bool mask that are joined to a bool seed, through 4 neighbours."""
     position = np.arange(1, max(mask.shape) + 1, dtype=np.int16)[:, None]
@@ -851,8 +853,8 @@ def edited_by_hand(folder, state):
 
 
 # %% Save: all files in a new folder first, then moved into place, prepared.json last
-# A crash at any moment leaves the old data or the new ones, never a mixture. The lock keeps a
-# second process out until what was saved is read back.
+# A crash leaves no prepared.json, so that half-replaced files are refused and made anew. The lock
+# keeps a second process out until what was saved is read back.
 def save(folder, films, tables, state, edited=()):
     """Write films (an iterable of canvases), tables {name: DataFrame} and the state, or nothing.
 

@@ -40,7 +40,7 @@ class Settings(common.BatchSettings):
     script = "02_dataset.py"
     source: str = "auto"  # mias, phantom, own; auto: what was prepared last
     fold: str = "0"  # the fold that is the test set; in step 4 also several (0,2) or all
-    validation: float = 0.2  # share of the other patients that choose epoch and threshold, about
+    validation: float = 0.2  # share of the other patients: 1/2, 1/3, 1/4, 1/5 ... is nearest
     augment: float = 1.0  # multiplies the strengths of the augmentation; 0 switches it off
 
 
@@ -90,8 +90,8 @@ def shuffled_labels(labels, seed):
 
 
 # %% The Dataset: films from the memory map, and the radiologists' circles as maps
-# An item is a film, its label and its row; the film's number is in no item and no map, since file
-# order leaks the class (AUC 0.69 on MIAS from the number alone).
+# An item is a film, its label and its row. The row is for look-ups only and never enters the
+# network: file order leaks the class (AUC 0.69 on MIAS from the number alone).
 class MammogramDataset(Dataset):
     """Films of one part of a split: item n is (film, label, row).
 
@@ -186,8 +186,8 @@ if __name__ == "__main__":
 
 
 # %% What films are like: by this a film of yours is judged to be like the training films, or not
-# Three numbers a film: how much of the canvas is breast, how bright, how varied. Step 4 notes their
-# range, and step 5 warns of a film of yours that lies outside of it.
+# Three numbers a film: how much of the canvas is breast, how bright, how varied. Step 4 notes the
+# range of all prepared films, and step 5 warns of a film of yours that lies outside of it.
 def film_statistics(films, most=2000):
     """Measure films on the canvas, uint8 (n, height, width); of many, `most` evenly spread ones.
 
@@ -258,7 +258,7 @@ def matrices(xx=1.0, xy=0.0, yx=0.0, yy=1.0, x=0.0, y=0.0):
 
 
 def mirror(films, probability, generator):
-    """Turn some films upside down; the chest wall stays on the left."""
+    """Flip some films top to bottom; the chest wall stays on the left."""
     chosen = torch.rand(len(films), generator=generator) < probability.clamp(max=0.5)
     return matrices(yy=torch.where(chosen, -1.0, 1.0))
 
@@ -299,7 +299,7 @@ def contrast(films, strength, generator):
 # network could tell them by it. A new kind is one function above and one line here.
 AUGMENTATION = {
     gamma: (0.30, 0.20, 0.30),  # exponent between exp(-0.3) and exp(0.3)
-    contrast: (0.25, 0.15, 0.25),  # share of the grey values' spread
+    contrast: (0.25, 0.15, 0.25),  # factor between exp(-0.25) and exp(0.25)
     mirror: (0.5, 0.5, 0.5),  # probability
     scale: (0.15, 0.10, 0.15),  # share of the size
     rotation: (15.0, 10.0, 15.0),  # degrees

@@ -71,7 +71,7 @@ class MammogramNet(nn.Module):
     "plain" equals torchvision's average pooling and linear layer, since both are linear.
     """
 
-    TOP = 4  # strongest places, by their log-odds against normal
+    TOP = 4  # strongest places of each class, by their log-odds against normal
     MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1)  # of ImageNet, torchvision's values
                  for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))  # fmt: skip
 
@@ -197,7 +197,7 @@ if __name__ == "__main__":
 
 
 # %% Predict: logits of films, and where the network looked
-# Each film is read together with its mirror image, which training showed as often. Grad-CAM
+# Each film is read together with its top-to-bottom flip, which training showed too. Grad-CAM
 # (Selvaraju et al., ICCV 2017) weighs the channels of a stage with the mean gradient of a class's
 # logit; here of benign or malignant, whichever is likelier. The stage is the last one that all
 # places pass: layer4, or layer3 where the second head reads it.
@@ -289,8 +289,8 @@ def fit_temperature(logits, labels, prior):
 
 
 # %% Look: the stages with their parameters and output shapes
-# Each stage halves the resolution and doubles the channels; the deeper a stage, the more
-# parameters. With three stages frozen, 94 % of the parameters still learn.
+# The stem quarters the resolution, layer1 keeps it, layers 2 to 4 halve it and double the channels;
+# the deeper a stage, the more parameters. With three stages frozen, 94 % of them still learn.
 if __name__ == "__main__":
     prepared = common.open_prepared()
     look_films, look_labels, _ = data.MammogramDataset(prepared).__getitems__(range(4))

@@ -41,7 +41,11 @@ network = importlib.import_module("03_model")
 # %% Settings: change a value and run the cells below again; each name is a command-line flag
 @dataclass
 class Settings(data.Settings, network.Settings, common.RunSettings):
-    """One training run: what steps 2 and 3 have, and how it is trained."""
+    """One training run; `settings.fold = "all"` and the like also set what is inherited.
+
+    From step 2: source, fold, validation, augment; from step 3: weights, recipe, freeze, dropout;
+    from common.py: seed, batch_size, run, device, precision.
+    """
 
     script = "04_train.py"
     resume: bool = False  # go on with this run, or with the newest one
@@ -49,7 +53,7 @@ class Settings(data.Settings, network.Settings, common.RunSettings):
     balance: Literal["sampler", "loss", "none"] = "sampler"  # how rare classes count: never both
     shuffle_labels: bool = False  # leak test: labels permuted between patients; expect chance
     epochs: int = 0  # passes over the training films, at most; 0: 10 with weights, else 20
-    lr: float = 1e-3  # rate of the new head, Adam
+    lr: float = 1e-3  # rate of the new head, AdamW
     backbone_lr: float = 1e-4  # rate of the pretrained stages; a random start takes `lr` for both
     weight_decay: float = 1e-4  # decoupled (AdamW)
     label_smoothing: float = 0.1  # share of the target spread over the classes
@@ -64,10 +68,10 @@ if __name__ == "__main__":
     settings = common.command_line(Settings, __doc__)
 
 
-# %% What is trained by: the settings or, on resuming, what the run began with
+# %% The plan: settings with all values filled in or, on resuming, those that the run began with
 # A run goes on with the same films, labels and folds only. Settings of 0 are filled in by the kind
 # of start: with pretrained weights a network learns in fewer epochs, and gently below its head.
-FREE = ("fold", "run", "resume", "overwrite", "epochs", "patience", "device", "precision")
+MAY_CHANGE = ("fold", "run", "resume", "overwrite", "epochs", "patience", "device", "precision")
 
 
 def resumed(settings, prepared):
@@ -81,7 +85,7 @@ def resumed(settings, prepared):
     ]
     for field in fields(settings):
         mine, old = getattr(settings, field.name), record.get(field.name, field.default)
-        if field.name not in FREE and mine not in (old, field.default):
+        if field.name not in MAY_CHANGE and mine not in (old, field.default):
             changed.append(f"{field.name} {old} -> {mine}")
         elif mine == field.default and field.name not in ("resume", "overwrite"):
             settings = replace(settings, **{field.name: old})
@@ -111,7 +115,7 @@ def make_plan(settings, prepared, weights=(None, "")):
 
 
 # %% The films of the first fold
-# The test films are never touched here. Under torchrun several folds are dealt out to the
+# No test film is trained or chosen on. Under torchrun several folds are dealt out to the
 # processes; a single one is trained by all of them together.
 def fold_films(prepared, fold, plan):
     """Return the training and the validation films of a fold."""
@@ -219,7 +223,7 @@ def batch_loss(model, batch, dataset, plan, generator):
     return loss, logits.detach()
 
 
-# %% A lack of memory: one that a smaller batch mends
+# %% Out of memory: name a smaller --batch-size
 # On a GPU the films, their maps and all layers' outputs for the gradient have to fit at once.
 @contextlib.contextmanager
 def enough_memory(plan):
@@ -541,8 +545,8 @@ def begin_run(plan, folder, record):
     )
 
 
-# %% A stop
-# The stop button is no error: what was finished is saved.
+# %% The stop button: ends the training, keeps what is saved
+# The stop button ends the training and is no error: what was finished is saved.
 @contextlib.contextmanager
 def stoppable(state):
     """Take a stop of the training for what it is."""
@@ -550,7 +554,8 @@ def stoppable(state):
         yield
     except KeyboardInterrupt:
         state.stopped = True
-        print(f"\nstopped; the state of epoch {state.saved} is saved")
+        print(f"\nstopped; the state of epoch {state.saved} is saved" if state.saved
+              else "\nstopped in the first epoch; no state is saved yet")  # fmt: skip
 
 
 # %% An epoch in one line
@@ -567,9 +572,10 @@ def epoch_line(row, epochs, better):
     )
 
 
-# %% Train: every fold, every epoch
-# Stop it whenever you like: `model`, `history` and the checkpoints are there, and this cell goes on
-# after settings.resume = True. Run again without it, it begins a new run from the same beginning.
+# %% Train: every fold of settings.fold, every epoch
+# Stop it whenever you like: `model` (then with the averaged weights of the first fold's best
+# epoch), `history` and the checkpoints are there, and this cell goes on after settings.resume =
+# True. Run again without it, it begins a new run from the same beginning.
 if __name__ == "__main__":
     common.check_settings(settings, "04_train.py")
     plan, old_run = make_plan(settings, train_films.prepared, weights)
@@ -645,8 +651,9 @@ if __name__ == "__main__":
 
 
 # %% Look: the curves of loss, accuracy, macro-F1 and malignant recall, a line a fold
-# When the training loss falls and the validation loss does not, the network learns its films by
-# heart. With some thirty malignant films to learn from, that comes soon.
+# Compare shapes, not heights: the training loss adds the circles' loss and label smoothing, on
+# balanced batches. A validation loss that rises while the training loss falls is overfitting: with
+# some thirty malignant films to learn from, that comes soon.
 if __name__ == "__main__" and len(history):
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
     panels = [("loss", "train_loss", "val_loss"), ("accuracy", "train_accuracy", "val_accuracy"),

@@ -52,12 +52,16 @@ class Settings(common.RunSettings):
     """What to judge, and how."""
 
     script = "05_evaluate.py"
-    recall: float = 0.95  # wanted malignant recall, for the operating point
+    recall: float = 0.95  # wanted share of malignant films found, for the operating point
     resamples: int = 2000  # of patients, for the 95 % intervals
     compare: Tuple[str, ...] = ()  # two runs: their difference; more: their mean
     image: Tuple[str, ...] = ()  # films of your own to read, in place of judging the run
-    laterality: Literal["", "left", "right"] = ""  # of your (first) film; empty: by the light
-    pair: bool = False  # your two films are both breasts of one person: each is judged beside it
+    laterality: Literal["", "left", "right"] = (
+        ""  # of your (first) film; empty: guessed from its brighter side
+    )
+    pair: bool = (
+        False  # your two films are both breasts of one person: each is judged beside the other
+    )
 
 
 PROBABILITIES = [f"p_{name}" for name in CLASS_NAMES]
@@ -232,15 +236,6 @@ def operating_points(folds, recall, beside=True):
     return pd.DataFrame(rows, columns=["fold", "threshold", "malignant", "films"])
 
 
-# %% The operating point of each fold
-# With few malignant validation films no recall can be promised; how few is said. A film at or above
-# its fold's threshold would be recalled.
-def above_threshold(predictions, thresholds):
-    """Return whether p_malignant of each film lies at or above its fold's threshold, bool (n,)."""
-    limits = predictions["fold"].map(thresholds.set_index("fold")["threshold"])
-    return (predictions["p_malignant"] >= limits).to_numpy()
-
-
 # %% The interval of a share
 # Nine of ten found sounds like 90 %, and may be 60 %. Wilson's interval is right for small numbers
 # too, where the textbook one leaves 0 to 1.
@@ -252,6 +247,15 @@ def wilson(hits, n):
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+# %% The operating point of each fold
+# A film at or above its fold's threshold is recalled: called back for a second look. With few
+# malignant validation films no recall can be promised; how few is said.
+def above_threshold(predictions, thresholds):
+    """Return whether p_malignant of each film lies at or above its fold's threshold, bool (n,)."""
+    limits = predictions["fold"].map(thresholds.set_index("fold")["threshold"])
+    return (predictions["p_malignant"] >= limits).to_numpy()
 
 
 if __name__ == "__main__" and judging:
@@ -321,7 +325,9 @@ def specificity_at(recall, scores, positive, weights):
 
 # %% Metrics: pooled over the folds, with intervals from resampling patients
 # With 52 malignant films one fold says little, so predictions of all folds are pooled. AUC asks how
-# films are ranked, recall and precision what they are called.
+# films are ranked, recall and precision what they are called. Specificity at recall 0.95 is read
+# off the test films' own curve, to compare runs; "at the point" is the threshold that validation
+# chose.
 def measure(predictions, recalled, weights):
     """Return every metric (column) for every row of weights; `recalled` is bool (n,)."""
     label = predictions["label"].to_numpy()
@@ -378,7 +384,7 @@ if __name__ == "__main__" and judging:
         print("Not all folds are trained: a figure for the whole database needs --fold all.")
 
 
-# %% The same by scikit-learn: both must agree
+# %% A witness: accuracy, macro-F1 and AUC malignant by scikit-learn, which must agree
 # Metrics of one's own making need a witness. The classification report has precision, recall and F1
 # of each class once more.
 if __name__ == "__main__" and judging:
@@ -425,8 +431,8 @@ if __name__ == "__main__" and judging:
 
 
 # %% Look: the confusion matrix
-# Where do the errors go? On MIAS most benign and many malignant films are called normal: two of
-# three films are.
+# Where do the errors go? On MIAS most benign and many malignant films are called normal, since two
+# of three films are.
 if __name__ == "__main__" and judging:
     figure, axis = plt.subplots(figsize=(5.4, 4.4), layout="constrained")
     confusion = ConfusionMatrixDisplay.from_predictions(
@@ -485,8 +491,9 @@ if __name__ == "__main__" and judging:
 
 
 # %% Calibration: do probabilities mean what they say, before and after the temperature
-# Of films that are said to be malignant with 0.3, three in ten should be. Before: logits as
-# trained. After: with class frequencies and temperature (Guo et al., ICML 2017).
+# Of films whose highest probability is 0.7, seven in ten should be right. Before: logits as
+# trained. After: with class frequencies and temperature (Guo et al., ICML 2017). Both beside the
+# other breast.
 def calibration_errors(probabilities, labels, bins=10):
     """Return the multi-class Brier score and the expected calibration error (Guo et al., 2017).
 
@@ -501,8 +508,10 @@ def calibration_errors(probabilities, labels, bins=10):
 
 if __name__ == "__main__" and judging:
     label = predictions["label"].to_numpy()
+    rows = run_data.labels.set_index("image").loc[predictions["image"]]
+    paired = network.beside_other_breast(reading.logits, rows)
     versions = {
-        "before": network.probabilities(reading.logits, 1.0, torch.ones(3)),
+        "before": network.probabilities(paired, 1.0, torch.ones(3)),
         "after": predictions[PROBABILITIES].to_numpy(),
     }
     errors = {name: calibration_errors(p, label) for name, p in versions.items()}
@@ -521,8 +530,9 @@ if __name__ == "__main__" and judging:
 
 
 # %% By group: which findings, tissues and sizes are found, and which are missed
-# One average hides much: small lesions, calcifications and dense tissue are what is missed. n is
-# small in each group, so the intervals are wide.
+# One average hides much: small lesions, calcifications and dense tissue are what is missed. A
+# finding counts as found if its film is called abnormal, wherever the network looked. n is small in
+# each group, so the intervals are wide.
 def by_group(predictions, prepared):
     """Return the recall by finding type, tissue and lesion radius, with Wilson intervals.
 
@@ -674,7 +684,7 @@ if __name__ == "__main__" and judging:
 # A film from another scanner may look like nothing that the network knows, and it would answer all
 # the same. That cannot be forbidden, but it can be said.
 def unlike(canvas, statistics):
-    """Name the measures of a film that lie outside the range of 99 % of the training films."""
+    """Name the measures of a film that lie outside the range of 99 % of the run's films."""
     own = data.film_statistics(canvas[None]).iloc[0]
     return ", ".join(
         f"{name} {own[name]:.2f} (theirs {low:.2f} to {high:.2f})"
@@ -746,8 +756,8 @@ def read_own_films(paths, folder, record, settings):
 
 
 # %% Your own films: the picture, and the reading; settings.image = "film.png", then run this cell
-# Which settings.laterality and settings.pair apply, see the Settings cell. Probabilities of a model
-# are no diagnosis.
+# For settings.laterality and settings.pair see the Settings cell. Probabilities of a model are no
+# diagnosis.
 def plot_own_film(row, film, geometry, size, cam, places):
     """Draw a film of one's own, Grad-CAM and the map of places over it."""
     figure, axes = plt.subplots(1, 3, figsize=(9, 4.2), layout="constrained")
@@ -775,8 +785,8 @@ if __name__ == "__main__":
 
 
 # %% Compare runs: name two of them, or more that repeat one another, in settings.compare
-# Two runs on the same films are compared film by film: the interval of the difference is much
-# narrower than the two intervals side by side.
+# settings.compare = ("RUN1", "RUN2"), then run the next cell. The interval of a difference, over
+# the same resampled patients, is much narrower than two intervals side by side.
 def compare_runs(names, resamples, seed):
     """Put evaluated runs side by side, film by film, over the same resampled patients.
 
@@ -822,7 +832,8 @@ def compare_runs(names, resamples, seed):
 
 
 # %% Two runs on the same films: McNemar's test
-# It asks of the films that only one run got right whether that could be a coin's work.
+# It asks of the films that only one run got right whether that could be a coin's work. It takes
+# films for independent, so that its p is a little too small where both breasts are alike.
 def mcnemar(b, c):
     """Return the exact two-sided p value of b against c discordant films (McNemar 1947)."""
     tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1)) / 2 ** (b + c)
