@@ -205,7 +205,8 @@ def phantom_films(settings):
 def find_films(settings):
     """Return the source ("mias", "phantom" or "own") and the folder of its films."""
     auto = settings.source == "auto"
-    source = "own" if settings.labels else "mias" if auto else settings.source
+    own = settings.labels and settings.source != "phantom"
+    source = "own" if own else "mias" if auto else settings.source
     if source not in READERS:
         raise UserError(f"--source {source}: expected auto, {', '.join(READERS)}")
     if source == "phantom":
@@ -260,13 +261,16 @@ FINDINGS = ["image", "type", "severity", "x", "y", "radius"]
 
 def worst(labels, groups):
     """Return for every row the worst label (a Series of codes) of its group."""
+    if not labels.isin(SEVERITY).all():
+        found = common.listing(labels[~labels.isin(SEVERITY)].unique())
+        raise UserError(f"labels are 0 (benign), 1 (normal) or 2 (malignant); found {found}")
     severity = labels.map(SEVERITY.index)
     return severity.groupby(groups).transform("max").map(dict(enumerate(SEVERITY)))
 
 
 def parse_info(text, film_height=1024):
     """Return the tables of labels and findings (px, x and y from the top left) of Info.txt."""
-    lines = pd.Series(text.lstrip("\ufeff").upper().splitlines())
+    lines = pd.Series(text.lstrip("\ufeff").upper().splitlines(), dtype=object)
     lines.index += 1
     named = lines.str.match(r"\s*MDB\d") & lines.str.match(r"MDB\d").cummax()  # first comes prose
     rows = lines[named].str.extract(ROW)
@@ -596,6 +600,9 @@ def match_films(labels, folder):
         common.warn(f"{len(extra)} films have no label and are left out: {common.listing(extra)}")
     found = [path for path in files if path.stem.lower() in images]
     paths = {images[path.stem.lower()]: path for path in found}
+    twice = labels["image"][labels["image"].duplicated()]
+    if len(twice):
+        raise UserError(f"`labels` has films twice: {common.listing(twice)}")
     kept = set(paths.values())
     several = [path.stem for path in found if path not in kept]
     if several:
@@ -617,7 +624,7 @@ if __name__ == "__main__":
 # %% Place every film: on all cores, into one array
 # The array lies in a nameless file, so that memory stays flat and a killed run leaves nothing.
 # Films that were placed before, from the same files with the same settings, are taken as they are.
-VERSION = 3  # of reading and placing; a new one makes every array again
+VERSION = 3  # of reading films; a new one, or an edited function above, makes every array again
 
 
 def prepare_film(path, image, laterality, size, source):
@@ -649,15 +656,22 @@ if __name__ == "__main__":
     target = common.data_dir(source)
     sides = labels.set_index("image")["laterality"].to_dict()
     files = [(image, sides[image], path.name) for image, path in paths.items()]
-    placed_key = common.fingerprint(VERSION, source, size, files, stock)
+    steps = (guess_laterality, tissue_threshold, connected, fill_holes, find_breast, place_film)
+    code = [(f.__code__.co_code.hex(), f.__code__.co_names,
+             [c for c in f.__code__.co_consts if isinstance(c, (int, float, str))])
+            for f in steps]  # fmt: skip
+    placed_key = common.fingerprint(VERSION, source, size, files, stock, code)
     before, known = {}, None
     with contextlib.suppress(UserError):  # nothing is there yet, or it is not whole
         before = common.read_json(target / "prepared.json")
         known = common.load_prepared(source)
     if known and before.get("placed") == placed_key and len(known.table) == len(paths):
         canvases, film_table = known.films, known.table.assign(problem="")
+        if os.name == "nt":  # Windows replaces no file that is mapped
+            canvases = np.array(canvases)
         print(f"{len(canvases)} films are up to date")
     else:
+        known = None
         with common.in_words(target):
             canvases = scratch_array((len(paths), *size), target)
 
@@ -669,6 +683,7 @@ if __name__ == "__main__":
 
         rows = common.in_threads(place, list(enumerate(paths.items())), "preparing films")
         film_table = pd.DataFrame(rows)  # row n is canvas n
+    placed_pixels = hashlib.sha256(canvases).hexdigest()
 
 
 # %% Check every film: a digest of its pixels tells a wrong, damaged or renamed one
@@ -797,7 +812,7 @@ def place_findings(findings, table, canvases):
     `table` has image and geometry, its index the row in `canvases`. UserError if a usable circle,
     as far as it lies on the film, is not all inside the crop.
     """
-    findings = findings.copy()
+    findings = findings.reset_index(drop=True)
     placed = np.full((len(findings), 3), np.nan)
     number = dict(zip(table["image"], table.index))
     for place, row in enumerate(findings.itertuples()):
@@ -823,7 +838,8 @@ def place_findings(findings, table, canvases):
 
 if __name__ == "__main__":
     used_findings = findings[findings["image"].isin(used_labels["image"])]
-    placed_findings = place_findings(used_findings, usable, canvases).reset_index(drop=True)
+    findings_as_placed = place_findings(used_findings, usable, canvases)
+    placed_findings = findings_as_placed.copy()
     print(f"{placed_findings['canvas_radius'].notna().sum()} circles can be used")
 
 
@@ -833,8 +849,8 @@ if __name__ == "__main__":
 FILES = ("films.npy", "films.csv", "labels.csv", "findings.csv", "splits.csv", "prepared.json")
 
 
-def edits(labels, findings, splits, database_labels, database_findings, splits_as_dealt):
-    """Say in what the tables differ from those of the database; "" if in nothing."""
+def edits(labels, database_labels, splits, same):
+    """Say in what labels, and what else, differ from the database's; "" if in nothing."""
     changed = labels.merge(database_labels, how="left", indicator=True)["_merge"] != "both"
     said, used = [], len(splits)
     if changed.any() or len(labels) != len(database_labels):
@@ -842,8 +858,7 @@ def edits(labels, findings, splits, database_labels, database_findings, splits_a
         said += [f"{changed.sum()} changed"] if changed.any() else []
     elif used < len(labels):
         said.append(f"films left out, {used} of {len(labels)}")
-    said += [] if findings.equals(database_findings) else ["findings edited"]
-    return ", ".join(said + ([] if splits.equals(splits_as_dealt) else ["splits edited"]))
+    return ", ".join(said + [f"{name} edited" for name, is_same in same.items() if not is_same])
 
 
 def edited_by_hand(folder, state):
@@ -897,13 +912,20 @@ if __name__ == "__main__":
                 f"the files in {folder} changed meanwhile; run 01_prepare_data.py again"
             )
         common.check_tables(used_labels, splits)
+        turned = used_labels["laterality"] != used_labels["image"].map(sides)
+        if turned.any():
+            raise UserError(
+                "laterality changed: run the cell 'Place every film' and the next first"
+            )
         if not rows_of(labels, usable).equals(used_labels):
             raise UserError("labels changed: run the cell 'Split patients' and the next ones first")
         used = usable[usable["image"].isin(used_labels["image"])].drop(columns="problem")
         tables = {"films.csv": used, "labels.csv": used_labels,
                   "findings.csv": placed_findings, "splits.csv": splits}  # fmt: skip
         written = [table.drop(columns="file", errors="ignore") for table in tables.values()]
-        key = common.fingerprint(placed_key, *(t.to_csv(index=False) for t in written))
+        pixels_now = hashlib.sha256(canvases).hexdigest()
+        films_edited = pixels_now != placed_pixels
+        key = common.fingerprint(placed_key, pixels_now, *(t.to_csv(index=False) for t in written))
         with contextlib.suppress(UserError):
             before = common.read_json(target / "prepared.json")  # another process may have saved
         edited = edited_by_hand(target, before)
@@ -915,9 +937,13 @@ if __name__ == "__main__":
             for n in used.index:
                 pixels.update(canvases[n])
             prepared_json = {
-                "key": key, "placed": placed_key, "source": source, "size": size,
-                "films": len(used), "pixels": pixels.hexdigest(), "split_seed": settings.seed,
-                "note": edits(labels, findings, splits, *database, splits_as_dealt),
+                "key": key, "placed": "" if films_edited else placed_key, "source": source,
+                "size": size, "films": len(used), "pixels": pixels.hexdigest(),
+                "split_seed": settings.seed,
+                "note": edits(labels, database[0], splits, {
+                    "findings": findings.equals(database[1]) and
+                    placed_findings.equals(findings_as_placed),
+                    "films": not films_edited, "splits": splits.equals(splits_as_dealt)}),
             }  # fmt: skip
             save(target, (canvases[n] for n in used.index), tables, prepared_json, edited)
         prepared = common.load_prepared(source)  # under the lock, before another changes it

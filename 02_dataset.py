@@ -53,11 +53,11 @@ if __name__ == "__main__":
 # for validation: it chooses the epoch, the temperature and the threshold.
 def named_folds(text, splits):
     """Return the folds that a setting such as "0", "0,2" or "all" names, a list of int."""
-    total = splits["fold"].nunique()
+    text, total = str(text), splits["fold"].nunique()
     names = [str(name).strip() for name in (range(total) if text == "all" else text.split(","))]
     if not all(name.isdecimal() and int(name) < total for name in names):
         raise UserError(f"--fold {text}: expected 0 to {total - 1}, or all")
-    return [int(name) for name in names]
+    return list(dict.fromkeys(int(name) for name in names))
 
 
 def fold_parts(prepared, fold, validation=0.2):
@@ -336,7 +336,8 @@ if __name__ == "__main__":
     eight = torch.from_numpy(dataset.films[[look_row] * 8][:, None]) / 255
     circles, _ = dataset.lesion_maps([look_row] * 8)
     as_malignant = torch.full((8,), MALIGNANT)
-    varied, carried = augment(eight, as_malignant, generator, settings.augment, circles)
+    look_generator = torch.Generator().manual_seed(settings.seed)
+    varied, carried = augment(eight, as_malignant, look_generator, settings.augment, circles)
     figure, axes = plt.subplots(1, 9, figsize=(10, 2.6), layout="constrained")
     shown = [(eight[0], circles[0]), *zip(varied, carried)]
     for n, (axis, (film, lesion)) in enumerate(zip(axes, shown)):
@@ -354,7 +355,8 @@ if __name__ == "__main__":
 # Drawn by chance, two of three films of an epoch are normal; by the sampler, each class is a third.
 # The price: each malignant film is seen twice an epoch.
 if __name__ == "__main__":
-    drawn_labels = dataset.labels[list(sampler)]
+    look_generator = torch.Generator().manual_seed(0)
+    drawn_labels = dataset.labels[list(balanced_sampler(dataset.labels, look_generator))]
     epoch_mix = pd.DataFrame(
         {"without": np.bincount(dataset.labels, minlength=3),
          "with the sampler": np.bincount(drawn_labels, minlength=3)}, index=CLASS_NAMES,

@@ -317,6 +317,7 @@ if __name__ == "__main__":
 # and strands: that is what pretraining gives.
 if __name__ == "__main__":
     model.eval()
+    look_films = look_films.to(next(model.parameters()).device)
     with torch.no_grad():
         logits, places = (part.cpu() for part in model(look_films))
         early = model.stages()[0](look_films[:1].expand(-1, 3, -1, -1))

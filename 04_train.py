@@ -133,6 +133,7 @@ if __name__ == "__main__":
     dealt = count > 1 and len(all_folds) > 1
     folds = all_folds[rank::count] if dealt else all_folds
     train_films, validation_films = fold_films(prepared, (folds or all_folds)[0], plan)
+    films_for = {n: getattr(plan, n) for n in ("source", "fold", "validation", "shuffle_labels")}
     print(f"folds {common.listing(all_folds)}; in the first {len(train_films)} films train and "
           f"{len(validation_films)} validate")  # fmt: skip
 
@@ -261,6 +262,9 @@ class FoldState:
         self.train_films, self.validation_films = films
         self.model, self.optimizer, self.scheduler = parts
         self.scheduler.optimizer = self.optimizer  # one put in the place of ours, too
+        self.scheduler.min_lrs = [0.0] * len(self.optimizer.param_groups)
+        if count > len(self.validation_films):
+            raise UserError("more processes than validation films; start fewer")
         self.stopped, self.saved = False, 0  # by the user; the epoch of last.pt
         stepped = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         if not stepped <= set(map(id, self.model.parameters())):
@@ -525,8 +529,10 @@ def describe_run(plan, prepared, folder, weights_name, model):
 
 def begin_run(plan, folder, record):
     """Write settings.json of a new run, or of one that began with the same weights."""
-    if not plan.resume:
-        common.discard(*(path for path in folder.iterdir() if path.name != ".lock"))  # --overwrite
+    left = [] if plan.resume else [path for path in folder.iterdir() if path.name != ".lock"]
+    if left and not plan.overwrite:
+        raise UserError(f"the run {folder.name} exists; another process has just begun it")
+    common.discard(*left)
     for part in folder.rglob(".*.part"):
         part.unlink()  # of a killed run; the folder is locked, so nobody writes it now
     began = common.read_record(folder) if plan.resume else record
@@ -581,6 +587,7 @@ if __name__ == "__main__":
     plan, old_run = make_plan(settings, train_films.prepared, weights)
     kept = ("run", "resume", "overwrite", "epochs", "patience", "lr_patience")
     new = {n for n, v in vars(plan).items() if n not in kept and v != getattr(made_for, n)}
+    new |= {name for name, value in films_for.items() if getattr(plan, name) != value}
     if new or beginning and optimizer is not beginning[1]:
         raise UserError(
             f"{common.listing(sorted(new)) or 'the optimiser'} changed since the network was made; "
@@ -590,7 +597,6 @@ if __name__ == "__main__":
         model, optimizer, scheduler = beginning[0]
     if plan.lr_patience != made_for.lr_patience:  # it follows from the epochs
         scheduler.patience = plan.lr_patience - 1
-    beginning = copy.deepcopy((model, optimizer, scheduler)), optimizer
     chosen = old_run or (new_run(plan, train_films.prepared) if rank == 0 else None)
     run_folder = common.collect(chosen)[0]
     record = describe_run(plan, train_films.prepared, run_folder, weights[1], model)
@@ -598,6 +604,7 @@ if __name__ == "__main__":
     with common.locked(run_folder) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
             begin_run(plan, run_folder, record)
+        beginning = copy.deepcopy((model, optimizer, scheduler)), optimizer
         common.collect(None)  # nobody writes before the run is begun
         for fold in folds:
             try:
@@ -670,5 +677,6 @@ if __name__ == "__main__" and len(history):
         handles, curves = axis.get_legend_handles_labels()
         axis.legend(handles[:2], [name.replace("_", " ") for name in curves[:2]], fontsize=8)
     synthetic = ", SYNTHETIC PHANTOMS" if record["synthetic"] else ""
-    figure.suptitle(f"{run_folder.name}{synthetic} (dots: epoch of the lowest validation loss)")
+    noted = f", {record['note']}" if record["note"] else ""
+    figure.suptitle(f"{run_folder.name}{synthetic}{noted} (dots: lowest validation loss)")
     common.show(figure, run_folder / "figures" / "history.png")

@@ -105,7 +105,8 @@ def load_folds(folder, record, device="auto"):
         except (RuntimeError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} does not fit recipe {record['recipe']} ({reason})") from None
-        model = model.to(common.choose_device(device), memory_format=torch.channels_last).eval()
+        model = model.to(common.choose_device(device), memory_format=torch.channels_last)
+        model.eval().requires_grad_(False)  # Grad-CAM needs gradients from one stage on
         rest = (checkpoint[n] for n in ("prior", "temperature", "validation", "epoch"))
         folds.append(FoldModel(checkpoint["fold"], model, *rest))
     if not folds:
@@ -849,7 +850,10 @@ if __name__ == "__main__":
         if discordant:
             print(f"right only in the first {discordant[0]}, only in the second {discordant[1]} "
                   f"films; McNemar p = {discordant[2]:.3f}")  # fmt: skip
-        if any(common.read_record(common.runs_dir(run))["synthetic"] for run in settings.compare):
+        compared = [common.read_record(common.runs_dir(run)) for run in settings.compare]
+        for edited in sorted({r["note"] for r in compared} - {""}):
+            common.warn(f"compared on edited data: {edited}")
+        if any(r["synthetic"] for r in compared):
             common.banner("SYNTHETIC PHANTOMS: this comparison says nothing about mammograms.")
         print(common.DISCLAIMER)
 

@@ -571,6 +571,9 @@ def load_prepared(source):
 
 def check_tables(labels, splits):
     """Refuse tables that contradict themselves, and a split with a patient on both sides."""
+    for table in (labels, splits):
+        if table["image"].duplicated().any():
+            raise UserError(f"twice: {listing(table['image'][table['image'].duplicated()])}")
     name = labels["label"].map(dict(enumerate(CLASS_NAMES)))
     patients = splits.set_index("image")["patient"].reindex(labels["image"]).to_numpy()
     folds = splits.groupby("patient")["fold"].nunique()
