@@ -317,17 +317,17 @@ if __name__ == "__main__":
 # and strands: that is what pretraining gives.
 if __name__ == "__main__":
     model.eval()
-    look_films = look_films.to(next(model.parameters()).device)
+    shown_films = look_films.to(next(model.parameters()).device)
     with torch.no_grad():
-        logits, places = (part.cpu() for part in model(look_films))
-        early = model.stages()[0](look_films[:1].expand(-1, 3, -1, -1))
+        logits, places = (part.cpu() for part in model(shown_films))
+        early = model.stages()[0](shown_films[:1].expand(-1, 3, -1, -1))
         late = model.stages()[2](model.stages()[1](early))
     output = pd.DataFrame(F.softmax(logits, 1).numpy(), columns=[f"p_{c}" for c in CLASS_NAMES])
     output.insert(0, "label", [CLASS_NAMES[label] for label in look_labels])
     common.table(output.round(3), "what the network says as it is now")
     print(f"logits {tuple(logits.shape)}, of places {tuple(places.shape)}. {common.DISCLAIMER}")
     figure, axes = plt.subplots(1, 7, figsize=(10, 3.2), layout="constrained")
-    maps = [part.cpu() for part in (look_films[0, 0], *early[0, :3], *late[0, :3])]
+    maps = [part.cpu() for part in (shown_films[0, 0], *early[0, :3], *late[0, :3])]
     titles = ["film", *(f"stem {n}" for n in range(3)), *(f"layer2 {n}" for n in range(3))]
     for axis, channel, title in zip(axes, maps, titles):
         axis.imshow(channel.numpy(), cmap="gray")
