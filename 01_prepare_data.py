@@ -248,9 +248,8 @@ def find_films(settings):
 # %% Labels of MIAS: every row of Info.txt is a finding, and the worst one labels the film
 # Films 2k-1 and 2k are the right and the left breast of patient k. The file counts y from the
 # bottom; here it runs from the top. A row that is not understood is refused, never skipped.
-TISSUES = {"F": "fatty", "G": "fatty-glandular", "D": "dense-glandular"}
 TYPES = ("CALC", "CIRC", "SPIC", "MISC", "ARCH", "ASYM")
-ROW = (  # mdb001 G CIRC B 535 425 197, or mdb003 D NORM
+ROW = (  # mdb001 G CIRC B 535 425 197, or mdb003 D NORM; fatty, fatty-glandular, dense-glandular
     r"\s*(?P<image>MDB\d+)\s+(?P<tissue>[FGD])\s+(?:NORM|(?P<type>" + "|".join(TYPES) + ")"
     r"\s+(?P<severity>[BM])(?:\s+(?P<x>\d+)\s+(?P<y>\d+)\s+(?P<radius>0*[1-9]\d*)|\s+\*NOTE\s+3\*)?)"
     r"\s*$"
@@ -875,7 +874,7 @@ def save(folder, films, tables, state, edited=()):
 
     Files that were `edited` by hand are kept under another name.
     """
-    new = folder / ".new"
+    new, pixels = folder / ".new", hashlib.sha256()
     common.discard(new)  # of a run that was killed
     with common.in_words(folder):
         try:
@@ -885,13 +884,15 @@ def save(folder, films, tables, state, edited=()):
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
                 for film in films:
+                    pixels.update(film.tobytes())
                     file.write(film.tobytes())
                 file.flush()
                 os.fsync(file.fileno())
             for name, table in tables.items():
                 common.write_csv(table, new / name)
             digests = {n: common.file_digest(new / n) for n in ("labels.csv", "splits.csv")}
-            common.write_json({**state, "digests": digests}, new / "prepared.json")
+            state = {**state, "pixels": pixels.hexdigest(), "digests": digests}
+            common.write_json(state, new / "prepared.json")
             for path in edited:
                 names = (f"{path.stem}.edited-{n}.csv" for n in itertools.count(1))
                 kept = next(folder / name for name in names if not (folder / name).exists())
@@ -933,13 +934,9 @@ if __name__ == "__main__":
         if whole and before.get("key") == key:
             os.utime(target / "prepared.json")  # steps 2 to 5 take what was prepared last
         else:
-            pixels = hashlib.sha256()
-            for n in used.index:
-                pixels.update(canvases[n])
             prepared_json = {
                 "key": key, "placed": "" if films_edited else placed_key, "source": source,
-                "size": size, "films": len(used), "pixels": pixels.hexdigest(),
-                "split_seed": settings.seed,
+                "size": size, "films": len(used), "split_seed": settings.seed,
                 "note": edits(labels, database[0], splits, {
                     "findings": findings.equals(database[1]) and
                     placed_findings.equals(findings_as_placed),

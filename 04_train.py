@@ -375,13 +375,12 @@ def train_epoch(state, progress):
 # epoch: it judges how well films are ranked and how sure to be, not how loud the logits are.
 def validate(state):
     """Return the logits of the validation films, temperatures (beside, alone) and metrics."""
-    films, share = state.validation_films, slice(state.rank, None, state.count)
+    films = state.validation_films
+    share = data.MammogramDataset(films.prepared, films.rows[state.rank :: state.count])
     for buffer in state.average.buffers() if state.count > 1 else ():
         torch.distributed.broadcast(buffer, 0)  # batch-norm statistics are each process's own
-    mine = copy.copy(films)
-    mine.rows = films.rows[share]
     dtype = common.choose_precision(state.plan.precision, next(state.model.parameters()).device)
-    read = network.predict(state.average.module, mine, state.plan.batch_size, dtype).logits
+    read = network.predict(state.average.module, share, state.plan.batch_size, dtype).logits
     logits = torch.empty(len(films), len(CLASS_NAMES))
     for number, part in enumerate(common.collect(read) if state.count > 1 else [read]):
         logits[number :: state.count] = part
