@@ -1,5 +1,6 @@
 """Phantoms of a small size, the scripts as modules, and a data folder of each test's own."""
 
+import functools
 import importlib
 import os
 import runpy
@@ -47,16 +48,27 @@ def run_main(name, **settings):
         return SimpleNamespace(**runpy.run_path(sys.argv[0], run_name="__main__"))
 
 
-def prepare_data(**settings):
-    """Run step 1 cell by cell, without those that only look; return what it prepared."""
-    path = PROJECT / "01_prepare_data.py"
-    space = {"__name__": "__main__", "__file__": str(path)}
+@functools.lru_cache(maxsize=None)
+def compiled_cells(path):
+    """Return (title, code object) of each cell of a script."""
+    return [(t, compile(code, f"{path}: {t}", "exec")) for t, code in kernels.split_cells(path)]
+
+
+def prepare_data(typed=None, path=PROJECT / "01_prepare_data.py", times=1, **settings):
+    """Run step 1 cell by cell; return what it prepared.
+
+    `typed` maps the start of a title to code that is typed after that cell. Cells that only look
+    are left out, for drawing takes most of the time.
+    """
+    space, typed = {"__name__": "__main__", "__file__": str(path)}, dict(typed or {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", list(sys.path))
         patch.setattr(common, "command_line", lambda kind, description: kind(**settings))
-        for title, code in kernels.split_cells(path):
-            if not title.startswith("Look"):
-                exec(compile(code, str(path), "exec"), space)
+        for title, code in compiled_cells(path):
+            for _ in range(0 if title.startswith("Look") else times):
+                exec(code, space)
+            exec(typed.pop(title.split(":")[0], ""), space)
+    assert not typed, f"no such cells: {typed}"
     return space["prepared"]
 
 

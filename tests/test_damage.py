@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import prepare, prepare_data
 from PIL import Image
-from test_prepare import TINY, breast, moved, own_films, refused, run_cells
+from test_prepare import TINY, breast, moved, own_films, refused
 
 import common
 from common import UserError
@@ -32,7 +32,7 @@ def prepared_tiny(tmp_path_factory):
     data = tmp_path_factory.mktemp("tiny") / "data"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BCD_DATA_DIR", str(data))
-        run_cells(**TINY)
+        prepare_data(**TINY)
     return data
 
 
@@ -74,7 +74,7 @@ def test_an_unusable_film_is_named_with_its_reason_and_left_out_once_if_allowed(
     assert "000" in message and reason in message and "--allow-partial" in message
     assert "001" not in message and "missing" not in message
     capsys.readouterr()
-    prepared = run_cells(**choice, allow_partial=True)
+    prepared = prepare_data(**choice, allow_partial=True)
     assert prepared.labels["image"].tolist() == [f"{n:03d}" for n in range(1, 12)]
     said = capsys.readouterr().err
     assert said.count("000: ") == 1 and reason in said and "missing" not in said
@@ -86,7 +86,7 @@ def test_every_film_that_is_left_out_is_named_once_with_its_own_reason(home, cap
     choice = own_films(home, [*rows, *(f"bad{n},0,q{n}" for n in range(9)), "lost,0,p9"])
     for n in range(9):
         (home / "scans" / f"bad{n}.png").write_bytes(bytes(n))
-    assert len(run_cells(**choice, allow_partial=True).films) == 12
+    assert len(prepare_data(**choice, allow_partial=True).films) == 12
     said = capsys.readouterr().err
     assert "1 films are missing: lost;" in said
     assert all(said.count(f"bad{n}: ") == 1 and f"({n} bytes)" in said for n in range(9))
@@ -96,12 +96,12 @@ def test_nothing_but_unusable_films_is_refused_even_if_allowed(home):
     choice = own_films(home)
     for path in (home / "scans").iterdir():
         path.write_bytes(b"")
-    assert "no film is left" in refused(run_cells, **choice, allow_partial=True)
+    assert "no film is left" in refused(prepare_data, **choice, allow_partial=True)
 
 
 def test_a_film_of_another_size_is_refused_as_a_film_of_mias(ready):
     folder = ready / "phantom" / "raw"
-    message = refused(run_cells, source="mias", images=str(folder))
+    message = refused(prepare_data, source="mias", images=str(folder))
     assert "mdb001: 128 x 128 px, expected 1024 x 1024" in message
     assert "298 films are missing" in message
 
@@ -126,20 +126,20 @@ def test_names_of_films_match_whatever_their_case_but_not_twice(ready, capsys):
     assert again.fingerprint == first.fingerprint and again.labels.equals(first.labels)
     assert "warning" not in capsys.readouterr().err
     Image.fromarray(breast()).save(first.folder / "raw" / "mdb001.png")
-    assert "several files for MDB001" in refused(run_cells, **TINY)
+    assert "several files for MDB001" in refused(prepare_data, **TINY)
 
 
 def test_names_in_a_csv_match_whatever_their_case(home):
     rows = [f"{n:03d},{n // 2 % 3},p{n // 2}" for n in range(1, 12)]
     choice = own_films(home, ["Left.PNG,0,p0", *rows])
     (home / "scans" / "000.png").rename(home / "scans" / "LEFT.png")
-    assert run_cells(**choice).labels["image"].tolist()[-1] == "Left"
+    assert prepare_data(**choice).labels["image"].tolist()[-1] == "Left"
 
 
 def test_the_same_film_under_two_names_is_refused(home):
     choice = own_films(home)
     shutil.copy(str(home / "scans" / "000.png"), str(home / "scans" / "007.png"))
-    assert "same pixels under several names: 000, 007" in refused(run_cells, **choice)
+    assert "same pixels under several names: 000, 007" in refused(prepare_data, **choice)
 
 
 ROWS = {
@@ -158,7 +158,7 @@ def test_a_doubtful_row_is_warned_of_or_refused_with_its_film(ready, capsys, row
     lines = [line for line in info.read_text().splitlines() if not line.startswith("mdb002")]
     info.write_text("\n".join([*lines, row]))
     try:
-        run_cells(**{**TINY, "folds": 2})
+        prepare_data(**{**TINY, "folds": 2})
         said = capsys.readouterr().err
     except UserError as error:
         said = f"error: {error}"
@@ -201,7 +201,7 @@ def test_a_write_that_fails_ends_with_one_message_and_the_old_data_stay(
     old = {path: digest for path, digest in tree(ready).items() if path.parent.name != "raw"}
     with monkeypatch.context() as patch:
         fail_on(patch, owner, name, code, nth, only=".part" if name == "to_csv" else "")
-        message = refused(run_cells, **{**TINY, "size": "72x72", "seed": 1})
+        message = refused(prepare_data, **{**TINY, "size": "72x72", "seed": 1})
     assert ("no permission for" if code == RIGHTS else "the disk is full") in message
     assert str(ready / "phantom") in message
     new = tree(ready)  # the new phantoms may be there: they are whole before they are prepared
@@ -216,7 +216,7 @@ def test_a_write_that_fails_leaves_a_split_that_was_edited_by_hand_in_use(ready,
     old = common.load_prepared("phantom").splits
     with monkeypatch.context() as patch:
         fail_on(patch, np.lib.format, "write_array_header_1_0", FULL)
-        assert "the disk is full" in refused(run_cells, **TINY)
+        assert "the disk is full" in refused(prepare_data, **TINY)
     assert common.load_prepared("phantom").splits.equals(old)
 
 
@@ -232,17 +232,17 @@ READERS = {  # what may not be read: the function and a part of the name
 def test_what_may_not_be_read_is_named(home, monkeypatch, owner, name, place):
     choice = own_films(home)
     fail_on(monkeypatch, owner, name, RIGHTS, only=place)
-    message = refused(run_cells, **choice)
+    message = refused(prepare_data, **choice)
     assert place in message and "ermission" in message
 
 
 def test_an_info_file_or_archive_that_may_not_be_read_is_named(ready, home, monkeypatch):
     folder = ready / "phantom" / "raw"
     fail_on(monkeypatch, Path, "read_text", RIGHTS, only="Info.txt")
-    assert "no permission for" in refused(run_cells, **{**TINY, "images": str(folder)})
+    assert "no permission for" in refused(prepare_data, **{**TINY, "images": str(folder)})
     (home / "a.tar").write_bytes(b"films")
     fail_on(monkeypatch, prepare.tarfile, "open", RIGHTS, only="a.tar")
-    message = refused(run_cells, archive=str(home / "a.tar"))
+    message = refused(prepare_data, archive=str(home / "a.tar"))
     assert "no permission for" in message and "a.tar" in message and "damaged" not in message
 
 
@@ -252,7 +252,7 @@ def test_a_folder_without_films_is_named(home, source):
     choice["labels"] = choice["labels"] if source == "own" else ""
     (home / "empty").mkdir()
     (home / "empty" / "Info.txt").write_text("mdb001 G NORM")
-    message = refused(run_cells, **choice)
+    message = refused(prepare_data, **choice)
     assert str(home / "empty") in message and "no folder of films" in message
 
 
@@ -266,13 +266,13 @@ def test_prepared_data_that_are_cut_or_gone_are_refused_and_made_again(ready, na
     path = ready / "phantom" / name
     path.unlink() if length is None else path.write_bytes(path.read_bytes()[:length])
     assert str(path.parent) in refused(common.load_prepared, "phantom")
-    run_cells(**TINY)
+    prepare_data(**TINY)
     new = tree(ready)
     assert {path: new[path] for path in old} == old
 
 
 def test_prepared_data_that_were_moved_are_up_to_date(ready, capsys):
-    run_cells(**TINY)
+    prepare_data(**TINY)
     assert "24 films are up to date" in capsys.readouterr().out
 
 
@@ -294,7 +294,7 @@ def whole_data(home, monkeypatch):
     prints = []
     for n, choice in enumerate(CHOICES):
         monkeypatch.setenv("BCD_DATA_DIR", str(home / f"alone-{n}"))
-        prints.append(content(run_cells(**choice)))
+        prints.append(content(prepare_data(**choice)))
     monkeypatch.setenv("BCD_DATA_DIR", str(home / "data"))
     return prints
 
@@ -304,7 +304,7 @@ def prepare_often(choice, start, results, rounds):
     start.wait()
     for _ in range(rounds):
         try:
-            results.put(content(run_cells(**choice)))
+            results.put(content(prepare_data(**choice)))
         except BaseException as error:  # a UserError or a bug, for the test to tell
             results.put(f"{type(error).__name__}: {error}")
 
@@ -326,7 +326,7 @@ def test_two_processes_that_prepare_at_once_do_each_other_no_harm(home, monkeypa
     assert set(said) <= {*alone, *refusals} and all("UserError" in text for text in refusals)
     assert set(said) & set(alone)
     for choice, whole in zip(CHOICES, alone):
-        assert content(run_cells(**choice)) == whole
+        assert content(prepare_data(**choice)) == whole
 
 
 def prepare_until_killed(choice, moment):
@@ -344,7 +344,7 @@ def prepare_until_killed(choice, moment):
     for owner, name in [(os, "replace"), (os, "fsync"), (Image.Image, "save")]:
         setattr(owner, name, deadly(getattr(owner, name)))
     common.read_film = deadly(common.read_film)
-    run_cells(**choice)
+    prepare_data(**choice)
 
 
 @pytest.mark.parametrize("name", ["read_film", "table", "in_threads"])
@@ -354,14 +354,14 @@ def test_another_run_between_two_steps_of_this_one_makes_no_mixture(home, monkey
     def then_another_run(*arguments, **keywords):
         done = function(*arguments, **keywords)
         with contextlib.suppress(UserError, IndexError):  # refused, or done before
-            run_cells(**others.pop())
+            prepare_data(**others.pop())
         return done
 
     monkeypatch.setattr(common, name, then_another_run)
     with contextlib.suppress(UserError):  # a refusal does no harm
-        assert content(run_cells(**CHOICES[0])) == alone[0]
+        assert content(prepare_data(**CHOICES[0])) == alone[0]
     assert content(common.load_prepared("phantom")) in alone
-    assert content(run_cells(**CHOICES[0])) == alone[0]
+    assert content(prepare_data(**CHOICES[0])) == alone[0]
 
 
 @can_fork
@@ -380,6 +380,6 @@ def test_a_kill_at_any_moment_leaves_whole_data_or_none_and_no_rubbish(home, mon
             assert "prepared.json is not there" in str(error)
     assert killed >= 8 and set(found) <= set(alone)
     for choice, whole in zip(CHOICES, alone):
-        assert content(run_cells(**choice)) == whole
+        assert content(prepare_data(**choice)) == whole
     names = {path.name for path in (home / "data" / "phantom").iterdir()}
     assert names == {*prepare.FILES, "raw"}

@@ -5,7 +5,6 @@ The tests of the real database need its archive: ``MIAS_ARCHIVE=all-mias.tar.gz 
 
 import contextlib
 import errno
-import functools
 import hashlib
 import http.server
 import importlib
@@ -14,7 +13,6 @@ import itertools
 import os
 import shutil
 import socket
-import sys
 import tarfile
 import threading
 import time
@@ -28,7 +26,6 @@ import pytest
 from conftest import PROJECT, copy_scripts, prepare, prepare_data, run_main, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import split_cells
 from PIL import Image
 
 import common
@@ -64,30 +61,6 @@ def refused(function, *arguments, **keywords):
     with pytest.raises(UserError) as error:
         function(*arguments, **keywords)
     return str(error.value)
-
-
-@functools.lru_cache(maxsize=None)
-def compiled_cells(path):
-    """Return (title, code object) of each cell of a script."""
-    return [(t, compile(code, f"{path}: {t}", "exec")) for t, code in split_cells(path)]
-
-
-def run_cells(typed=None, path=PROJECT / "01_prepare_data.py", times=1, **settings):
-    """Run step 1 cell by cell; return what it prepared.
-
-    `typed` maps the start of a title to code that is typed after that cell. Cells that only look
-    are left out, for drawing takes most of the time.
-    """
-    space, typed = {"__name__": "__main__", "__file__": str(path)}, dict(typed or {})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", list(sys.path))
-        patch.setattr(common, "command_line", lambda kind, description: kind(**settings))
-        for title, code in compiled_cells(path):
-            for _ in range(0 if title.startswith("Look") else times):
-                exec(code, space)
-            exec(typed.pop(title.split(":")[0], ""), space)
-    assert not typed, f"no such cells: {typed}"
-    return space["prepared"]
 
 
 def patched(name, error):
@@ -410,7 +383,7 @@ def test_own_labels_are_names_or_numbers_and_no_patient_column_is_said(home, cap
 
 def test_that_there_is_no_patient_column_is_said_once(home, capsys):
     choice = own_films(home, [f"{n:03d}.png,{n % 3}" for n in range(12)], "image,label")
-    assert run_cells(**choice).labels["patient"].nunique() == 12
+    assert prepare_data(**choice).labels["patient"].nunique() == 12
     assert capsys.readouterr().err.count("no patient column") == 1
 
 
@@ -449,7 +422,7 @@ def test_blanks_make_no_second_patient_and_capitals_no_other_side(home):
 
 
 def test_own_films_are_prepared_under_their_own_names(home):
-    prepared = run_cells(**own_films(home))
+    prepared = prepare_data(**own_films(home))
     names = [f"{n:03d}" for n in range(12)]
     for table in (prepared.labels, prepared.table, prepared.splits):
         assert table["image"].tolist() == names
@@ -460,7 +433,7 @@ def test_own_films_are_prepared_under_their_own_names(home):
 def test_another_seed_deals_other_folds_over_the_same_films_and_is_noted(home):
     seen, choice = {}, own_films(home)
     for seed in range(4):
-        prepared = run_cells(**choice, seed=seed)
+        prepared = prepare_data(**choice, seed=seed)
         assert prepared.split_seed == seed
         seen[prepared.splits.to_csv()] = prepared.fingerprint
     assert len(seen) > 1 and len(set(seen.values())) == 1
@@ -470,17 +443,17 @@ def test_another_seed_deals_other_folds_over_the_same_films_and_is_noted(home):
 
 
 def test_a_split_that_cannot_be_made_is_refused_and_the_old_one_stays_whole(home):
-    old = contents(run_cells(**own_films(home)).folder)
+    old = contents(prepare_data(**own_films(home)).folder)
     few = own_films(home, [f"{n:03d},{min(n // 2, 2) % 3},p{n // 2}" for n in range(12)])
-    message = refused(run_cells, **few)
+    message = refused(prepare_data, **few)
     assert "2 folds" in message and "benign 1" in message and "malignant 4" in message
     assert contents(common.load_prepared("own").folder) == old  # not new films with old folds
     one_class = own_films(home, [f"{n:03d},normal,p{n // 2}" for n in range(12)])
-    assert "two classes" in refused(run_cells, **one_class)
+    assert "two classes" in refused(prepare_data, **one_class)
 
 
 def test_the_fewest_patients_that_step_1_takes_are_split_or_refused_with_a_message(home):
-    prepared = run_cells(**own_films(home))
+    prepared = prepare_data(**own_films(home))
     try:
         parts = dataset.fold_parts(prepared, 0)
         assert min(map(len, parts.values())) > 0
@@ -495,10 +468,10 @@ def test_missing_extra_and_broken_films_are_named_and_left_out_if_allowed(home, 
     label_only = np.zeros((128, 128), np.uint8)
     label_only[4:16, 100:120] = 230
     Image.fromarray(label_only).save(home / "scans" / "naked.png")
-    message = refused(run_cells, **choice)
+    message = refused(prepare_data, **choice)
     assert "lost" in message and "--allow-partial" in message and "001" not in message
     assert "black: no breast found" in message and "naked: no breast found" in message
-    prepared = run_cells(**choice, allow_partial=True)
+    prepared = prepare_data(**choice, allow_partial=True)
     assert prepared.labels["image"].tolist() == [f"{n:03d}" for n in range(1, 12)]
     said = capsys.readouterr().err
     assert "1 films have no label and are left out: 000" in said and "lost" in said
@@ -831,21 +804,21 @@ def contents(folder):
 
 
 def test_a_second_run_reuses_all_and_a_changed_setting_rebuilds_what_it_must(home, capsys):
-    first = run_cells(**TINY)
+    first = prepare_data(**TINY)
     files = [path for path in first.folder.glob("*.*") if path.name != "prepared.json"]
     times = {path: path.stat().st_mtime_ns for path in files}
     capsys.readouterr()
     start = time.perf_counter()
-    again = run_cells(**TINY)
+    again = prepare_data(**TINY)
     assert time.perf_counter() - start < 2 and "films are up to date" in capsys.readouterr().out
     assert len(files) >= 5 and times == {path: path.stat().st_mtime_ns for path in files}
     assert again.fingerprint == first.fingerprint
     old = contents(first.folder)
-    run_cells(**{**TINY, "folds": 2})
+    prepare_data(**{**TINY, "folds": 2})
     assert "films are up to date" in capsys.readouterr().out
     new = contents(first.folder)
     assert {name for name in new if new[name] != old[name]} == {"splits.csv", "prepared.json"}
-    wider = run_cells(**{**TINY, "size": "64x96"})
+    wider = prepare_data(**{**TINY, "size": "64x96"})
     assert wider.films.shape == (24, 64, 96) and wider.fingerprint != first.fingerprint
 
 
@@ -854,7 +827,7 @@ def test_a_crash_at_any_moment_leaves_no_half_state_and_the_next_run_repairs_it(
     choices = [{**TINY, "size": f"{64 + n}x64", "folds": 2 + n} for n in (0, 1)]
     whole = []
     for choice in choices:
-        run_cells(**choice)
+        prepare_data(**choice)
         whole.append(contents(folder))
     for moment in range(99):
         moves = itertools.count()
@@ -866,7 +839,7 @@ def test_a_crash_at_any_moment_leaves_no_half_state_and_the_next_run_repairs_it(
 
         monkeypatch.setattr(os, "replace", crash)
         with contextlib.suppress(KeyboardInterrupt):
-            run_cells(**choices[moment % 2])
+            prepare_data(**choices[moment % 2])
         monkeypatch.setattr(os, "replace", replace)
         if next(moves) <= moment:
             break
@@ -874,7 +847,7 @@ def test_a_crash_at_any_moment_leaves_no_half_state_and_the_next_run_repairs_it(
         with contextlib.suppress(UserError):  # "was the step before this one run?"
             common.load_prepared("phantom")
             assert contents(folder) in whole
-        run_cells(**choices[moment % 2])
+        prepare_data(**choices[moment % 2])
         assert contents(folder) == whole[moment % 2]
     assert moment >= 6  # films.npy, films.csv, labels.csv, findings.csv, the state, the folds
 
@@ -888,7 +861,7 @@ MALIGNANT = "labels.loc[labels.index[labels['label'] == 1][:2], {columns}] = {va
 
 @pytest.mark.parametrize("cell", ["Read the labels", "Check every film"])
 def test_labels_filtered_between_two_cells_are_what_is_prepared(home, cell):
-    prepared = run_cells({cell: FATTY}, **MIDDLE)
+    prepared = prepare_data({cell: FATTY}, **MIDDLE)
     films = np.array(prepared.films)
     labels, splits, stamp = (
         common.read_table(prepared.folder / "labels.csv"),
@@ -898,7 +871,7 @@ def test_labels_filtered_between_two_cells_are_what_is_prepared(home, cell):
     assert len(labels) == 16 and set(labels["tissue"]) == {"F"}
     assert splits["image"].equals(labels["image"]) and set(splits["fold"]) == {0, 1}
     assert prepared.note == stamp["note"] == "labels edited, 16 of 48"
-    whole = run_cells(**MIDDLE)
+    whole = prepare_data(**MIDDLE)
     assert len(whole.films) == 48 and whole.note == ""
     assert np.array_equal(films, np.load(whole.folder / "films.npy")[whole.labels["tissue"] == "F"])
     circles = whole.findings[whole.findings["image"].isin(labels["image"])].reset_index(drop=True)
@@ -907,7 +880,7 @@ def test_labels_filtered_between_two_cells_are_what_is_prepared(home, cell):
 
 def test_the_fatty_films_of_mias_are_106_of_322(mias, home):
     choice = {"source": "mias", "images": str(mias.folder / "raw"), "size": "64x64"}
-    prepared = run_cells({"Read the labels": FATTY}, **choice)
+    prepared = prepare_data({"Read the labels": FATTY}, **choice)
     fatty = mias.labels["tissue"] == "F"
     assert len(prepared.films) == len(prepared.splits) == 106
     assert prepared.labels.equals(mias.labels[fatty].reset_index(drop=True))
@@ -919,40 +892,40 @@ SPLIT = "Split patients, never films"
 
 def test_labels_filtered_to_nothing_or_too_late_are_refused_with_a_message(home):
     nothing = 'labels = labels[labels["tissue"] == "X"]'
-    assert "label" in refused(run_cells, {"Read the labels": nothing}, **TINY)
-    assert "run the cell 'Split patients'" in refused(run_cells, {SPLIT: FATTY}, **MIDDLE)
+    assert "label" in refused(prepare_data, {"Read the labels": nothing}, **TINY)
+    assert "run the cell 'Split patients'" in refused(prepare_data, {SPLIT: FATTY}, **MIDDLE)
 
 
 def test_splits_edited_between_two_cells_are_used_and_noted_or_refused(home):
-    first = run_cells(**TINY).splits
+    first = prepare_data(**TINY).splits
     one = "splits.loc[0, 'fold'] = (splits['fold'][0] + 1) % 3"
-    assert "patients in two folds" in refused(run_cells, {SPLIT: one}, **TINY)
-    prepared = run_cells({SPLIT: "splits['fold'] = 2 - splits['fold']"}, **TINY)
+    assert "patients in two folds" in refused(prepare_data, {SPLIT: one}, **TINY)
+    prepared = prepare_data({SPLIT: "splits['fold'] = 2 - splits['fold']"}, **TINY)
     assert prepared.splits["fold"].equals(2 - first["fold"]) and "edited" in prepared.note
 
 
 def test_relabelled_rows_are_counted_and_half_a_correction_is_refused(home, capsys):
     half = MALIGNANT.format(columns="'label'", values=2)
-    message = refused(run_cells, {"Read the labels": half}, **TINY)
+    message = refused(prepare_data, {"Read the labels": half}, **TINY)
     assert "label and label_name contradict" in message
     assert "prepared.json is not there" in refused(common.load_prepared, "phantom")
     whole = MALIGNANT.format(columns="['label', 'label_name']", values="[2, 'malignant']")
-    prepared = run_cells({"Read the labels": whole}, **TINY)
+    prepared = prepare_data({"Read the labels": whole}, **TINY)
     assert prepared.note == "labels edited, 24 of 24, 2 changed"
     capsys.readouterr()
     assert common.open_prepared().note == prepared.note
     assert "2 changed; figures are not the database's" in capsys.readouterr().err
-    assert run_cells({"Read the labels": "findings = findings[1:]"}, **TINY).note == (
+    assert prepare_data({"Read the labels": "findings = findings[1:]"}, **TINY).note == (
         "findings edited"
     )
 
 
 def test_every_cell_that_works_run_twice_gives_the_same_and_says_no_more(home, capsys):
-    run_cells(**{**TINY, "folds": 2})  # there is something to replace
-    once = contents(run_cells(**TINY).folder)
-    run_cells(**{**TINY, "folds": 2})
+    prepare_data(**{**TINY, "folds": 2})  # there is something to replace
+    once = contents(prepare_data(**TINY).folder)
+    prepare_data(**{**TINY, "folds": 2})
     capsys.readouterr()
-    assert contents(run_cells(times=2, **TINY).folder) == once
+    assert contents(prepare_data(times=2, **TINY).folder) == once
     assert capsys.readouterr().err == ""
 
 
@@ -965,7 +938,7 @@ def moved(splits, seed, films=2):
 
 
 def test_splits_edited_by_hand_are_used_and_named_and_the_next_run_keeps_them(home, capsys):
-    first = run_cells(**TINY)
+    first = prepare_data(**TINY)
     for number in (1, 2):
         edited = moved(first.splits, seed=number)
         edited.to_csv(first.folder / "splits.csv", index=False)
@@ -975,7 +948,7 @@ def test_splits_edited_by_hand_are_used_and_named_and_the_next_run_keeps_them(ho
         assert prepared.identity()["split"] != first.identity()["split"]
         text = (first.folder / "splits.csv").read_bytes()
         capsys.readouterr()
-        again = run_cells(**TINY)
+        again = prepare_data(**TINY)
         assert again.note == "" and again.splits.equals(first.splits)
         kept = first.folder / f"splits.edited-{number}.csv"
         assert kept.read_bytes() == text
@@ -983,24 +956,24 @@ def test_splits_edited_by_hand_are_used_and_named_and_the_next_run_keeps_them(ho
         assert "was edited by hand" in said and kept.name in said
     (first.folder / "splits.edited-1.csv").unlink()
     moved(first.splits, seed=3).to_csv(first.folder / "splits.csv", index=False)
-    run_cells(**TINY)
+    prepare_data(**TINY)
     assert kept.read_bytes() == text  # edited-2 is not replaced by the third
 
 
 def test_splits_with_a_patient_on_both_sides_are_refused_and_kept_all_the_same(home):
-    first = run_cells(**TINY)
+    first = prepare_data(**TINY)
     edited, path = moved(first.splits, seed=1, films=1), first.folder / "splits.csv"
     edited.to_csv(path, index=False)
     text, patient = path.read_bytes(), edited["patient"].iloc[0]
     message = refused(common.load_prepared, "phantom")
     said = f"patients in two folds of splits.csv; their films must share one: {patient}. "
     assert said in message
-    assert run_cells(**TINY).splits.equals(first.splits)
+    assert prepare_data(**TINY).splits.equals(first.splits)
     assert (first.folder / "splits.edited-1.csv").read_bytes() == text
 
 
 def test_labels_edited_by_hand_are_used_and_kept_or_refused_where_they_contradict(home):
-    first = run_cells(**TINY)
+    first = prepare_data(**TINY)
     path, labels = first.folder / "labels.csv", first.labels.copy()
     n = labels.index[labels["label"] == common.NORMAL][0]
     labels.loc[n, "label"] = common.MALIGNANT
@@ -1011,7 +984,7 @@ def test_labels_edited_by_hand_are_used_and_kept_or_refused_where_they_contradic
     prepared = common.load_prepared("phantom")
     assert prepared.labels.equals(labels) and prepared.note == "labels.csv edited by hand"
     assert prepared.fingerprint != first.fingerprint
-    assert run_cells(**TINY).fingerprint == first.fingerprint
+    assert prepare_data(**TINY).fingerprint == first.fingerprint
     kept = first.folder / "labels.edited-1.csv"
     assert common.read_table(kept).equals(labels)
 
@@ -1034,13 +1007,13 @@ def test_a_new_database_is_one_reading_function_and_one_name(home, raw, monkeypa
     assert text.count("READERS = {") == 1
     script.write_text(text.replace("READERS = {", NEW), encoding="utf-8")
     choice = {**own_films(home), "source": "mine", "labels": ""}
-    prepared = run_cells(path=script, **choice)
+    prepared = prepare_data(path=script, **choice)
     assert prepared.folder == common.data_dir("mine") and prepared.note == ""
     assert prepared.films.shape == (12, 64, 64) and not prepared.table["mirrored"].any()
     assert prepared.findings["canvas_radius"].between(2, 9).tolist() == [True]
     assert common.open_prepared().labels.equals(prepared.labels)
     monkeypatch.setenv("MIAS_ARCHIVE", str(packed(raw, home / "a.tar")))
-    assert "--images" in refused(run_cells, path=script, **{**choice, "images": ""})
+    assert "--images" in refused(prepare_data, path=script, **{**choice, "images": ""})
 
 
 # ---------------------------------------------------------------------- (k) splits
