@@ -20,6 +20,7 @@ from conftest import PROJECT
 from kernels import split_cells
 from PIL import Image
 from test_cells import environment
+from test_torchrun import LAUNCHED
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import common
@@ -175,19 +176,25 @@ def user(tmp_path_factory):
         yield folder
 
 
+LAUNCH = (*LAUNCHED, "04_train.py", "--fold")  # what test_torchrun starts
+
+
 def test_readme_shows_how_to_run_each_of_them():
     shown = {word for command in commands() for word in command}
-    assert {"torchrun", "tests/benchmarks/benchmarks.py", *QUICK} <= shown
+    assert {"tests/benchmarks/benchmarks.py", *QUICK} <= shown
+    rest = {command[:-1] for command in commands() if command not in RUN_HERE}
+    assert rest == {LAUNCH, ("python", "tests/benchmarks/benchmarks.py", "--source")}
+    assert {c[-1] for c in commands() if c[:-1] == LAUNCH} == {"0", "all"}
 
 
-RUN_HERE = [c for c in commands() if "tests/benchmarks/benchmarks.py" not in c]  # its own test does
+# The others are run by test_benchmarks and test_torchrun.
+RUN_HERE = [c for c in commands() if c[0] == "python" and c[1] in SCRIPTS]
 
 
 @pytest.mark.parametrize("command", RUN_HERE, ids=" ".join)
 def test_a_command_of_the_readme_runs(command, user, tmp_path, monkeypatch):
     """On tiny phantoms, and with the flags that make it quick."""
-    place = [word.endswith(".py") for word in command].index(True)
-    program, script, arguments = command[:place], command[place], [*command[place + 1 :]]
+    _, script, *arguments = command
     quick, left = QUICK[script]
     arguments += quick.split() + (["--epochs", "2"] if "--resume" in arguments else [])
     left = next((LEFT[word] for word in arguments if word in LEFT), left)
@@ -196,13 +203,6 @@ def test_a_command_of_the_readme_runs(command, user, tmp_path, monkeypatch):
     elif script == "04_train.py" and "--resume" not in arguments:
         monkeypatch.setenv("BCD_RUNS_DIR", str(tmp_path / "runs"))
     start = time.time_ns()
-    if program == ("python",) and script in SCRIPTS:
-        call(script, *arguments)
-    else:
-        monkeypatch.setenv("PET_STANDALONE", "1")  # torchrun takes a free port
-        module = ["-m", "torch.distributed.run"] if program[0] == "torchrun" else []
-        line = [sys.executable, *module, *program[1:], str(PROJECT / script), *arguments]
-        done = subprocess.run(line, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    call(script, *arguments)
     found = [*user.glob(left or "*"), *tmp_path.glob(left or "*")]
     assert not left or any(path.stat().st_mtime_ns > start for path in found)

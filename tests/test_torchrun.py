@@ -29,6 +29,8 @@ DEALT = {"source": "phantom", "fold": "all", "freeze": 4, "patience": 9, **MACHI
 TOGETHER = {"source": "phantom", "recipe": "plain", "freeze": 5, "augment": 0.0, "dropout": 0.0,
             "balance": "none", "batch_size": 4, "max_norm": 1e9, **MACHINE}  # fmt: skip
 
+LAUNCHED = ("torchrun", "--nproc-per-node", "2", "--")  # before the script, as README has it
+
 # One team runs the script again and again, since a start costs seconds. Each line of the plan is a
 # command line, or a file that is damaged. Noted is what every process trains on.
 TEAM = """
@@ -77,9 +79,10 @@ def team(tmp_path_factory):
         ]
         (home / "team.py").write_text(TEAM)
         done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-            + ["--", str(home / "team.py"), str(conftest.PROJECT), str(home), json.dumps(plan)],
-            capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            [sys.executable, "-m", "torch.distributed.run", *LAUNCHED[1:]]
+            + [str(home / "team.py"), str(conftest.PROJECT), str(home), json.dumps(plan)],
+            capture_output=True, text=True, timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PET_STANDALONE": "1"},  # takes a free port
         )  # fmt: skip
         read = [(home / f"rows-{rank}.txt").read_text().splitlines() for rank in (0, 1)]
         yield SimpleNamespace(
