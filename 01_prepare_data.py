@@ -8,12 +8,14 @@ Out: data/<source>/labels.csv, findings.csv, films.npy, films.csv and splits.csv
     python 01_prepare_data.py --archive all-mias.tar.gz         an archive that you have
     python 01_prepare_data.py --source phantom                  synthetic films, no download
     python 01_prepare_data.py --images scans --labels mine.csv  your own films
+    python 01_prepare_data.py --images scans                    in folders benign, normal, malignant
 """
 
 # %% Imports: this script finds its own folder first, whatever the working directory is
 import contextlib
 import hashlib
 import http.client
+import io
 import itertools
 import os
 import re
@@ -26,7 +28,7 @@ import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 sys.path.insert(0, str(Path(globals().get("__file__", "cell")).resolve().parent))
 
@@ -52,6 +54,9 @@ class Settings(common.SeedSettings):
     images: str = ""  # folder with films, in place of an archive or a download
     archive: str = ""  # all-mias.tar.gz, .tar or .zip, with any folders inside
     labels: str = ""  # CSV of your own films: image,label[,patient][,laterality]
+    findings: str = ""  # CSV of their findings: image, and x,y,radius or x0,y0,x1,y1 in film px
+    classes: str = ""  # what your labels mean, such as "0=normal,1=malignant"
+    crop: Literal["breast", "none"] = "breast"  # none: whole images, unmirrored; ultrasound, MRI
     size: str = "auto"  # canvas, height x width in px; auto: 512x288, phantoms 160x90
     folds: int = 5  # parts of the cross-validation; each is the test set once
     patients: int = 60  # phantom patients, two films each
@@ -205,22 +210,31 @@ def phantom_films(settings):
 def find_films(settings):
     """Return the source ("mias", "phantom" or "own") and the folder of its films."""
     auto = settings.source == "auto"
-    own = settings.labels and settings.source != "phantom"
+    images = Path(settings.images).expanduser() if settings.images else None
+    own = settings.labels or images and in_class_folders(images, settings.classes)
+    own = own and settings.source in ("auto", "own")
     source = "own" if own else "mias" if auto else settings.source
     if source not in READERS:
         raise UserError(f"--source {source}: expected auto, {', '.join(READERS)}")
     if source == "phantom":
         return source, phantom_films(settings)
-    if source == "own" and not settings.labels:
-        raise UserError("own films need both --labels FILE and --images DIR (or --archive FILE)")
+    if source == "own" and not own:
+        raise UserError(
+            "own films need --labels FILE and --images DIR (or --archive FILE), or --images DIR "
+            "with a folder for each class: benign, normal, malignant, or as --classes names them"
+        )
     raw = common.data_dir(source) / "raw"
     if source != "mias" and not (settings.images or settings.archive):
         raise UserError(f"--source {source} needs --images DIR or --archive FILE")
-    if settings.images:
-        folder = Path(settings.images).expanduser()
-        if not folder.is_dir() or not common.film_paths(folder):
-            raise UserError(f"--images {settings.images} is no folder of films; check the name")
-        return source, folder
+    if images:
+        found = [path.name for path in images.glob("*")]  # none if it is not there
+        if not images.is_dir() or not common.film_paths(images):
+            raise UserError(
+                f"--images {images} is no folder of films; it holds "
+                f"{common.listing(sorted(found)) or 'nothing'}; read are "
+                f"{', '.join(common.FILM_SUFFIXES)}, in folders below it too"
+            )
+        return source, images
     if settings.archive:
         return source, extract(Path(settings.archive).expanduser(), raw)
     if raw.is_dir() and common.film_paths(raw):
@@ -300,55 +314,315 @@ def parse_info(text, film_height=1024):
     return labels.reset_index(drop=True)[LABELS], findings
 
 
-# %% Labels of your own films: a CSV with image and label, perhaps patient and laterality
-# Whatever could be meant in two ways is refused, with its line. Without patients the split cannot
-# keep a patient's films together, so that is said.
-SIDES = {"": "", "r": "right", "l": "left", "right": "right", "left": "left"}
-
-
-def read_own_labels(path):
-    """Return the tables of labels and findings (empty) of a CSV `image,label[,patient,...]`."""
+# %% Tables of your own: as Excel, R and text editors write them
+# Separators, encodings and line ends differ from program to program. Every row keeps the number of
+# its line, blank rows and columns are dropped, and all is text: 007 is no number here.
+def read_own_table(path):
+    """Return a CSV as a DataFrame of text, stripped; its index is the number of the line."""
+    path = Path(path).expanduser()
     try:
-        given = pd.read_csv(path, dtype=str, skipinitialspace=True, header=None)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--labels {path} cannot be read as CSV ({str(error).strip()})") from None
-    names = given.iloc[0].fillna("").str.strip().str.lower()
-    given = given.set_axis(names, axis=1)[1:].reset_index(drop=True)
-    missing = [name for name in ("image", "label") if name not in given]
-    if missing or names.duplicated().any():
-        wrong = f"lacks the column {' and '.join(missing)}" if missing else "has a column twice"
-        raise UserError(f"{path} {wrong}; found {', '.join(names)}")
-    if given.empty:
-        raise UserError(f"{path} has no rows below its header")
-    if "patient" in given and given["patient"].isna().any():
-        raise UserError(f"{path}: some rows have no patient; fill the column or leave it out")
-    given = given.apply(lambda column: column.fillna("").str.strip())
-    codes = {name: code for code, name in enumerate(CLASS_NAMES)}
-    label = given["label"].str.lower().map({**codes, "0": 0, "1": 1, "2": 2})
-    image = given["image"].map(lambda name: Path(name).stem)
-    bad = given.index[label.isna() | (image == "")]
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    if raw.startswith((b"PK", b"\xd0\xcf\x11\xe0")):
+        raise UserError(f"{path} is an Excel workbook; save it as CSV there, and name that")
+    try:
+        wide = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
+        text = raw.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = raw.decode("cp1252", errors="replace")
+        common.warn(f"{path} is not UTF-8; read as Windows-1252")
+    lines = text.splitlines()
+    first = next((n for n, line in enumerate(lines) if line.strip(" \t,;\"'")), 0)
+    separator = re.fullmatch(r"\W*sep=(.)\W*", lines[first]) if lines else None
+    first += bool(separator)  # Excel's own line
+    header = lines[first] if first < len(lines) else ""
+    comma = separator[1] if separator else max(",;\t|", key=header.count)
+    try:
+        table = pd.read_csv(
+            io.StringIO("\n".join(lines[first:])),
+            sep=comma,
+            header=None,
+            dtype=str,
+            keep_default_na=False,
+            skip_blank_lines=False,
+            skipinitialspace=True,
+        )
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as CSV ({str(error).strip()})") from None
+    table = table.fillna("").apply(lambda column: column.str.strip())
+    table.index += first + 1
+    names, table = table.iloc[0], table.iloc[1:].set_axis(table.iloc[0], axis=1)
+    table = table.loc[(table != "").any(axis=1), [n != "" or (table.iloc[:, k] != "").any()
+                                                  for k, n in enumerate(names)]]  # fmt: skip
+    if table.empty:
+        raise UserError(f"{path} has no rows below its header ({common.listing(names)})")
+    return table
+
+
+# %% Columns of your own: by their usual names
+# A column may be called PatientID, patient or case. What is taken for what, and what is not used,
+# is said: a patient column that is overlooked would put films of a patient on both sides.
+COLUMNS = {  # in small letters, without blanks and signs; the first that is there is taken
+    "image": "image file filename filepath path film imageid imagename imagefile imagepath",
+    "label": "label labelname class classname pathology diagnosis",
+    "patient": "patient patientid subject subjectid case caseid id",
+    "laterality": "laterality imagelaterality side breast view",
+}
+
+
+def own_columns(table, path, wanted=COLUMNS):
+    """Return the columns of a table by the names of `wanted`, and those that are left."""
+    plain = [re.sub(r"[\W_]", "", str(name)).lower() for name in table]
+    twice = sorted({str(n) for n, p in zip(table, plain) if p and plain.count(p) > 1})
+    if twice:
+        raise UserError(f"{path} has a column twice: {common.listing(twice)}")
+    found = {}
+    for role, names in wanted.items():
+        there = [plain.index(name) for name in names.split() if name in plain]
+        if there:
+            found[role] = there[0]
+            if plain[there[0]] != role:
+                print(f'{path}: its column "{table.columns[there[0]]}" is taken for {role}')
+    kept = list(found.values())
+    return table.iloc[:, kept].set_axis(list(found), axis=1), table.drop(
+        columns=table.columns[kept]
+    )
+
+
+# %% Labels of your own: words or numbers, with their meaning shown
+# 1 means cancer in many tables and "normal" here, so numbers count only if they are exactly 0, 1
+# and 2, or if --classes says what they mean.
+def class_codes(words, classes, path):
+    """Return the classes (a Series of codes, NaN where not understood) that words name."""
+    known = {name: code for code, name in enumerate(CLASS_NAMES)}
+    for part in filter(str.strip, str(classes).split(",")):
+        word, _, name = (text.strip().lower() for text in part.partition("="))
+        if name not in CLASS_NAMES:
+            raise UserError(f'--classes {classes}: expected such as "0=normal,1=malignant"')
+        known[word] = CLASS_NAMES.index(name)
+    words = words.str.lower().str.replace(r"\.0+$", "", regex=True)
+    numbers = sorted(set(words[words.str.fullmatch(r"[-+]?\d+")]) - set(known))
+    if numbers == ["0", "1", "2"]:
+        known.update({"0": BENIGN, "1": NORMAL, "2": MALIGNANT})
+        print(f"{path}: label 0 is taken for benign, 1 for normal, 2 for malignant")
+    elif numbers:
+        raise UserError(
+            f"{path}: labels are the numbers {common.listing(numbers)}; only exactly 0 (benign), 1 "
+            '(normal) and 2 (malignant) are known. Say what yours mean: --classes "0=normal,...", '
+            "or write names. BI-RADS numbers are no classes"
+        )
+    return words.map(known)
+
+
+# %% Labels of your own: a class for every row, and only one
+# A second column that names the class, in words, must say the same.
+def checked_labels(table, rest, classes, path):
+    """Return the labels (codes) of a table; UserError names lines without one, or with two."""
+    label = class_codes(table["label"], classes, path)
+    bad = table.index[label.isna() | (table["image"] == "")]
     if len(bad):
         raise UserError(
-            f"{path}: no valid image or label in line {common.listing(bad + 2)} (found "
-            f"{common.listing(given.loc[bad, 'label'].unique())}); labels are benign, normal, "
-            "malignant or 0, 1, 2"
+            f"{path}: no valid image or label in line {common.listing(bad)} (found "
+            f"{common.listing(table.loc[bad, 'label'].unique())}); labels are benign, normal, "
+            'malignant or 0, 1, 2; --classes "cancer=malignant,..." says what other words mean'
         )
-    twice = image.str.lower().duplicated()
-    if twice.any():
-        raise UserError(f"{path} names {common.listing(image[twice].unique())} twice")
-    if "patient" not in given:
+    for name in rest:
+        words = rest[name][rest[name] != ""].str.lower()
+        second = words.map({n: code for code, n in enumerate(CLASS_NAMES)})
+        other = second.index[second.notna() & (second != label[second.index])]
+        if len(other):
+            raise UserError(f'{path}: the label and the column "{name}" contradict in line '
+                            f"{common.listing(other)}")  # fmt: skip
+    return label.astype(int)
+
+
+# %% Patients of your own: however they are written
+# P01 and p1 are one patient: taken for two, films of one could lie on both sides of the split. Two
+# patients taken for one would do no harm.
+def same_patients(names):
+    """Return patients' names (Series of text) in one spelling each; say what was merged."""
+    key = names.str.lower().str.replace(r"\s|(?<!\d)0+(?=\d)", "", regex=True)
+    merged = names.groupby(key).transform("first")
+    several = sorted(set(names[merged != names]) | set(merged[merged != names]))
+    if several:
+        common.warn(f"taken for the same patients, but written differently: "
+                    f"{common.listing(several)}")  # fmt: skip
+    return merged
+
+
+# %% Sides of your own: R, Left, L-MLO
+# What else may stand there is refused, since a film on the wrong side is mirrored and cut wrongly.
+def sides_of(sides, path="`labels`"):
+    """Return "right", "left" or "" for sides such as R, Left or L-MLO, a Series of text."""
+    found = (
+        sides.str.strip()
+        .str.lower()
+        .str.extract(r"^(r|l|right|left|)(?:[ _-]*(?:cc|mlo|ml|lm|breast))?$", expand=False)
+    )
+    if found.isna().any():
+        wrong = common.listing(sides[found.isna()].unique())
+        raise UserError(f"{path}: laterality {wrong}; expected right, left or nothing")
+    return found.replace({"r": "right", "l": "left"})
+
+
+# %% Names of films: a table's and a folder's need not be written alike
+# scans\\P1.L.PNG in a table is scans/P1.L.png in a folder, and so is P1.L: capitals, slashes and a
+# known suffix do not count, and either name may begin further up.
+def film_name(name):
+    """Return a film's name with slashes and without a known suffix; other dots stay."""
+    name = str(name).replace("\\", "/").strip("/ ")
+    suffix = next((end for end in common.FILM_SUFFIXES if name.lower().endswith(end)), "")
+    return name[: len(name) - len(suffix)]
+
+
+def film_key(name):
+    """Return a film's name in small letters, for comparing."""
+    return film_name(name).lower()
+
+
+def tails(key):
+    """Return a key and what is left of it without its first folder, its first two, ..."""
+    parts = key.split("/")
+    return ["/".join(parts[n:]) for n in range(len(parts))]
+
+
+# %% Match films and labels by their names
+# A label without a film and a film without a label are both said; what could be meant in two ways
+# is refused.
+def match_films(labels, folder, quiet=False):
+    """Return {image: path} of the labelled films in a folder, in the order of the files."""
+    twice = labels["image"][labels["image"].duplicated()]
+    if len(twice):
+        raise UserError(f"`labels` has films twice: {common.listing(twice)}")
+    wanted = {film_key(image): image for image in labels["image"]}
+    longer = {}  # names that begin further up than the folder
+    for key, image in wanted.items():
+        for tail in tails(key)[1:]:
+            longer.setdefault(tail, []).append(image)
+    found, extra = {}, []
+    for path in common.film_paths(folder):
+        key = film_key(path.relative_to(folder).as_posix())
+        named = next(([wanted[tail]] for tail in tails(key) if tail in wanted), longer.get(key, []))
+        for image in named:
+            found.setdefault(image, []).append(path)
+        extra += [] if named else [film_name(path.relative_to(folder).as_posix())]
+    meant = [path for paths in found.values() for path in paths]
+    several = [image for image, paths in found.items() if len(paths) > 1]
+    several += [path for path in set(meant) if meant.count(path) > 1]
+    if several:
+        raise UserError(f"several films could be meant by {common.listing(several)}; give each "
+                        "file a name of its own, or name its folder too")  # fmt: skip
+    if not found:
+        raise UserError(
+            f"none of the labelled films was found in {folder}; expected "
+            f"{common.listing(labels['image'], 3) or 'no film'}, found {common.listing(extra, 3)}"
+        )
+    if extra and not quiet:
+        common.warn(f"{len(extra)} films have no label and are left out: {common.listing(extra)}")
+    return {image: paths[0] for image, paths in found.items()}
+
+
+# %% A folder for each class: labels without any table
+# Many databases come so. The name of the folder is the label, as it is or as --classes says.
+def in_class_folders(folder, classes=""):
+    """Return (image, label) of the films that lie in folders named as classes; [] if others do."""
+    if not folder.is_dir():
+        return []
+    paths = [path.relative_to(folder) for path in common.film_paths(folder)]
+    known = {*CLASS_NAMES, *(part.split("=")[0].strip().lower() for part in classes.split(","))}
+    if not all(len(path.parts) > 1 and path.parts[0].lower() in known for path in paths):
+        return []
+    return [(film_name(path.as_posix()), path.parts[0]) for path in paths]
+
+
+# %% Your own films: a table, or a folder for each class
+# Whatever could be meant in two ways is refused, with its line. Without patients the split cannot
+# keep a patient's films together, so that is said.
+def read_own_labels(path, folder=None, classes=""):
+    """Return labels of your own, from a CSV or ("") from folders named as classes."""
+    if path:
+        table, rest = own_columns(read_own_table(path), path)
+        missing = [name for name in ("image", "label") if name not in table]
+        if missing:
+            found = common.listing([*table, *rest])
+            raise UserError(f"{path} lacks the column {' and '.join(missing)}; found {found}")
+    else:
+        path = folder
+        table = pd.DataFrame(in_class_folders(folder, classes), columns=["image", "label"])
+        rest = pd.DataFrame()
+    label = checked_labels(table, rest, classes, path)
+    if len(rest.columns):
+        print(f"{path}: not used: {common.listing(rest.columns)}")
+    keys = table["image"].map(film_key)
+    if keys.duplicated().any():
+        named = common.listing(table["image"][keys.duplicated()].unique())
+        raise UserError(f"{path} names {named} twice")
+    table["image"] = table["image"].map(film_name)
+    for role, place in {"patient": 0, "laterality": 1}.items():
+        if role not in table and folder:  # perhaps in the headers of DICOM films
+            paths = match_films(table, folder, quiet=True)
+            dicom = {image: path for image, path in paths.items() if path.suffix.lower() == ".dcm"}
+            read = {i: common.read_dicom(p, header=True)[place] for i, p in dicom.items()}
+            if read and (role == "laterality" or all(read.values()) and len(read) == len(table)):
+                table[role] = table["image"].map(read).fillna("")
+                print(f"{path}: {role} is taken from the DICOM headers")
+    if "patient" in table and (table["patient"] == "").any():
+        lines = common.listing(table.index[table["patient"] == ""])
+        raise UserError(f"{path}: no patient in line {lines}; fill the column or leave it out")
+    if "patient" not in table or len(table) > 2 and table["patient"].is_unique:
+        what = "each image has a patient of its own" if "patient" in table else "no patient column"
         common.warn(
-            f"{path} has no patient column: each image counts as its own patient. If some patients "
-            "have several films, add the column, or films of one land on both sides of the split"
+            f"{path}: {what}: each image counts as its own patient. If some patients have several "
+            "films, name them in a column patient, or films of one land on both sides of the split"
         )
-    side = given.get("laterality", pd.Series("", given.index)).str.lower()
-    if not side.isin(SIDES).all():
-        found = common.listing(side[~side.isin(SIDES)].unique())
-        raise UserError(f"{path}: laterality {found}; expected right, left or nothing")
-    labels = pd.DataFrame({"image": image, "patient": given.get("patient", image)})
-    labels = labels.assign(laterality=side.map(SIDES), tissue="", label=label.astype(int))
+    patient = same_patients(table["patient"]) if "patient" in table else table["image"]
+    side = sides_of(table.get("laterality", pd.Series("", table.index)), path)
+    labels = table.assign(patient=patient, laterality=side, tissue="", label=label, findings=0)
     labels["label_name"] = labels["label"].map(dict(enumerate(CLASS_NAMES)))
-    return labels.assign(findings=0)[LABELS], pd.DataFrame(columns=FINDINGS)
+    return labels.reset_index(drop=True)[LABELS]
+
+
+# %% Findings of your own: circles or boxes
+# With them the recipe learns where lesions are, as on MIAS. They are given in pixels of the film, y
+# from the top; a box becomes the circle round its middle with half its longer side.
+def read_own_findings(path, labels):
+    """Return the findings of a CSV (image and x,y,radius or x0,y0,x1,y1[, severity][, type])."""
+    plain = "image severity type x y radius x0 y0 x1 y1".split()
+    wanted = {name: COLUMNS.get(name, name) for name in plain}
+    table, rest = own_columns(read_own_table(path), path, wanted)
+    box = "x0" in table
+    numbers = ["x0", "y0", "x1", "y1"] if box else ["x", "y", "radius"]
+    if not {"image", *numbers} <= set(table):
+        raise UserError(f"{path}: expected image, and x, y, radius or x0, y0, x1, y1; found "
+                        f"{common.listing([*table, *rest])}")  # fmt: skip
+    for name in numbers:
+        table[name] = pd.to_numeric(table[name].str.replace(",", "."), errors="coerce")
+    film = table["image"].map(film_key).map(dict(zip(labels["image"].map(film_key), labels.index)))
+    label = film.map(labels["label"])
+    word = table.get("severity", pd.Series("", table.index)).str.lower()
+    named = word.map({"b": BENIGN, "benign": BENIGN, "m": MALIGNANT, "malignant": MALIGNANT})
+    severity = named.where(word != "", label)
+    if box:
+        low, high = table[["x0", "y0"]].to_numpy(), table[["x1", "y1"]].to_numpy()
+        table["radius"] = (high - low).max(1) / 2
+        table[["x", "y"]] = (low + high) / 2
+        table.loc[(high <= low).any(1), "radius"] = np.nan
+    worse = severity.map(SEVERITY.index, na_action="ignore") > label.map(
+        SEVERITY.index, na_action="ignore"
+    )
+    for wrong, what in [
+        (film.isna(), "a film that has no label"),
+        (~(table["radius"] > 0) | table[["x", "y"]].isna().any(axis=1), "no circle or box"),
+        (severity.isna(), "a severity other than benign (B) or malignant (M)"),
+        (worse | (label == NORMAL), "a finding that its film's label contradicts"),
+    ]:
+        if wrong.any():
+            raise UserError(f"{path}: {what} in line {common.listing(table.index[wrong])}")
+    table["image"] = film.map(labels["image"])
+    table["severity"] = severity.map({BENIGN: "B", MALIGNANT: "M"})
+    table["type"] = table.get("type", "lesion")
+    return table.reset_index(drop=True)[FINDINGS]
 
 
 # %% Read the labels: filter or correct them below this cell, and that is what is prepared
@@ -362,19 +636,25 @@ def read_mias(folder, settings):
     height = 1024
     for path in common.film_paths(folder):
         with contextlib.suppress(UserError, OSError):  # a broken film is named later
-            height = common.read_film(path).shape[0]
+            height = common.read_film(path, notes=[]).shape[0]
             break
     return parse_info(info[0].read_text(encoding="utf-8", errors="replace"), height)
 
 
 def read_own(folder, settings):
-    """Read the user's own CSV."""
-    return read_own_labels(Path(settings.labels).expanduser())
+    """Read the user's own tables, or the names of the folders that the films lie in."""
+    labels = read_own_labels(settings.labels, folder, settings.classes)
+    if not settings.findings:
+        return labels, pd.DataFrame(columns=FINDINGS)
+    findings = read_own_findings(settings.findings, labels)
+    labels["findings"] = labels["image"].map(findings["image"].value_counts()).fillna(0).astype(int)
+    return labels, findings
 
 
 def stock_of(folder):
-    """Return name, bytes and time of every file in a folder, to tell whether one changed."""
-    stats = {path.name: path.stat() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+    """Return name, bytes and time of every file below a folder, to tell whether one changed."""
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    stats = {path.relative_to(folder).as_posix(): path.stat() for path in paths}
     return [(name, status.st_size, status.st_mtime_ns) for name, status in stats.items()]
 
 
@@ -389,6 +669,9 @@ if __name__ == "__main__":
             stock, database = stock_of(folder), (labels.copy(), findings.copy())
     print(f"{source}: {len(common.film_paths(folder))} films in {folder}")
     common.table(labels["label_name"].value_counts().to_frame("films"), "films per class")
+    absent = sorted(set(CLASS_NAMES) - set(labels["label_name"]))
+    if absent:
+        print(f"No film is {' or '.join(absent)}: what follows knows the other classes only.")
     common.table(findings.head(8), "the first findings; x and y in px from the top left")
 
 
@@ -413,11 +696,18 @@ def tissue_threshold(film):
     """
     root = np.sqrt(np.arange(256))
     counts = np.bincount(film.ravel(), minlength=256)
-    n, total = np.cumsum(counts), np.cumsum(counts * root)
-    between = (total[-1] * n - n[-1] * total) ** 2 / np.maximum(n * (n[-1] - n), 1)
-    otsu = between.argmax()
-    # Level 0 is left out: it is the padding round the film.
-    unlit = total[otsu] / max(n[otsu] - n[0], 1)
+    for again in (False, True):
+        n, total = np.cumsum(counts), np.cumsum(counts * root)
+        between = (total[-1] * n - n[-1] * total) ** 2 / np.maximum(n * (n[-1] - n), 1)
+        level = between.argmax()
+        parted = between[level] / max(n[-1] * (counts * root**2).sum() - total[-1] ** 2, 1)
+        dark = (total[-1] - total[level]) / max(n[-1] - n[level], 1)
+        # An implant outshines the breast: below it, tissue and background are parted once more.
+        if again and not (parted > 0.94 and dark > 4.2 and n[-1] - n[level] > 0.05 * film.size):
+            break
+        otsu, unlit = level, total[level] / max(n[level] - n[0], 1)
+        counts = np.where(np.arange(256) <= otsu, counts, 0)
+    # Level 0 is left out of `unlit`: it is the padding round the film.
     return ((2 * unlit + root[otsu]) / 3) ** 2
 
 
@@ -523,30 +813,32 @@ def film_to_canvas(x, y, geometry):
 # %% Place it on the canvas: crop, mirror right breasts, shrink without distortion, pad with black
 # Cropping to the breast about doubles the pixels that show tissue; at one scale in both directions
 # a round mass stays round.
-def place_film(film, laterality, size):
+def place_film(film, laterality, size, crop="breast"):
     """Place the breast of a film (uint8) on a black canvas of `size` (height, width), px.
 
     Returns canvas (uint8, chest wall on the left, breast at the top left corner), Geometry and the
-    mask on the film (bool). `laterality` "" is guessed. ValueError if there is no breast.
+    mask on the film (bool). `laterality` "" is guessed. ValueError if there is no breast. With
+    `crop` "none" the film is placed whole and unmirrored.
     """
     laterality = laterality or guess_laterality(film)
-    mask, mirrored = find_breast(film, laterality), laterality == "right"
+    mirrored = laterality == "right" and crop == "breast"
+    mask = find_breast(film, laterality) if crop == "breast" else np.ones(film.shape, bool)
     # Some circles of MIAS reach up to 45 px of 1024 behind the chest wall (mdb110).
     margin, wall = round(max(film.shape) / 128), round(max(film.shape) * 0.047)
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     before, after = (margin, wall) if mirrored else (wall, margin)
     top, left = max(0, int(rows[0]) - margin), max(0, int(columns[0]) - before)
     box = np.s_[top : int(rows[-1]) + 1 + margin, left : int(columns[-1]) + 1 + after]
-    crop = film[box] * mask[box]
-    height, width = crop.shape
+    cut = film[box] * mask[box]
+    height, width = cut.shape
     scale = min(size[0] / height, size[1] / width)
     if mirrored:
-        crop = crop[:, ::-1]
+        cut = cut[:, ::-1]
     # whole canvas pixels: at most half of one is lost, and points keep the exact scale
-    shape = [min(max(round(side * scale), 1), most) for side, most in zip(crop.shape, size)]
+    shape = [min(max(round(side * scale), 1), most) for side, most in zip(cut.shape, size)]
     extent = (0, 0, min(shape[1] / scale, width), min(shape[0] / scale, height))
     canvas = np.zeros(size, np.uint8)
-    canvas[: shape[0], : shape[1]] = Image.fromarray(crop).resize(
+    canvas[: shape[0], : shape[1]] = Image.fromarray(cut).resize(
         shape[::-1], Image.BILINEAR, box=extent
     )
     return canvas, Geometry(*film.shape, top, left, height, width, mirrored, scale), mask
@@ -556,13 +848,14 @@ def place_film(film, laterality, size):
 # Is the outline on the skin, is nothing of the breast cut off, is the label in the corner gone? A
 # look at six films shows more than any number.
 if __name__ == "__main__":
+    common.check_settings(settings, "01_prepare_data.py")
     examples = labels.groupby("label").head(2).sort_values("label")
     figure, axes = plt.subplots(2, 6, figsize=(9, 5), layout="constrained", height_ratios=(2, 3))
-    file_of = {path.stem.lower(): path for path in common.film_paths(folder)}
+    file_of = match_films(examples, folder, quiet=True)
     for (above, below), row in zip(axes.T, examples.itertuples()):
         with contextlib.suppress(UserError, ValueError, OSError, KeyError):  # named further down
-            film = common.read_film(file_of[row.image.lower()])
-            canvas, _, mask = place_film(film, row.laterality, (512, 288))
+            film = common.read_film(file_of[row.image], notes=[])
+            canvas, _, mask = place_film(film, row.laterality, (512, 288), settings.crop)
             above.imshow(film, cmap="gray", vmin=0, vmax=255)
             above.contour(mask, levels=[0.5], colors="#56B4E9", linewidths=1)
             above.set_title(f"{row.image}\n{row.label_name}", fontsize=9)
@@ -579,6 +872,8 @@ if __name__ == "__main__":
 # map.
 def canvas_size(text, source):
     """Read a size such as "512x288" as (height, width) in px."""
+    if not isinstance(text, str):
+        text = "x".join(map(str, text))  # (512, 288), typed in a cell
     text = {"auto": "160x90" if source == "phantom" else "512x288"}.get(text, text)
     match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
     size = (int(match[1]), int(match[2])) if match else (0, 0)
@@ -587,58 +882,130 @@ def canvas_size(text, source):
     return size
 
 
-# %% Match films and labels: by name, whatever its case
-# A label without a film, and a film without a label, are both said. Two files that could be meant
-# by one name are refused.
-def match_films(labels, folder):
-    """Return {image: path} of the labelled films in a folder, in the order of the files."""
-    images = dict(zip(labels["image"].str.lower(), labels["image"]))
-    files = common.film_paths(folder)
-    extra = [path.stem for path in files if path.stem.lower() not in images]
-    if extra:
-        common.warn(f"{len(extra)} films have no label and are left out: {common.listing(extra)}")
-    found = [path for path in files if path.stem.lower() in images]
-    paths = {images[path.stem.lower()]: path for path in found}
-    twice = labels["image"][labels["image"].duplicated()]
-    if len(twice):
-        raise UserError(f"`labels` has films twice: {common.listing(twice)}")
-    kept = set(paths.values())
-    several = [path.stem for path in found if path not in kept]
-    if several:
-        raise UserError(f"several files for {common.listing(several)}")
-    if not paths:
-        expected = common.listing(labels["image"], 3)
-        raise UserError(f"none of the labelled films was found; expected {expected or 'no film'}")
-    return paths
-
-
 if __name__ == "__main__":
     common.check_settings(settings, "01_prepare_data.py")
     size = canvas_size(settings.size, source)
     with common.in_words(folder):
         paths = match_films(labels, folder)
+        masks = sum(1 for path in folder.rglob("*_mask*") if "_mask" in path.stem)
+    if masks:
+        print(f"{masks} files called ..._mask are left out")
     print(f"{len(paths)} films for {len(labels)} labels, canvas {size[0]} x {size[1]} px")
+
+
+# %% What is odd about a film: said, since it can only be guessed
+# Does the breast lie where the laterality says, upright, alone? Each bound is so wide that no film
+# of MIAS is named, and most of its films that were turned or put side by side are.
+def oddities(film, laterality):
+    """Return what looks wrong about a film (uint8), a list of phrases."""
+    cell = max(1, round(max(film.shape) / 128))
+    coarse = np.asarray(Image.fromarray(film).reduce(cell))
+    lit = coarse > tissue_threshold(coarse)
+    said = ["less than 64 px high or wide"] if min(film.shape) < 64 else []
+    said += ["fewer than 32 grey levels"] if len(np.unique(film)) < 32 else []
+    columns = np.flatnonzero(lit.mean(axis=0) > 0.02)
+    if not len(columns):
+        return said
+    height, width = coarse.shape
+    if min(coarse.shape) < 8:
+        return said
+    top, bottom = coarse[: height // 2].mean(), coarse[-(height // 2) :].mean()
+    left, right = coarse[:, : width // 2].mean(), coarse[:, -(width // 2) :].mean()
+    across = min(left, right) / max(left, right)
+    if min(top, bottom) / max(top, bottom) < min(0.5, 0.6 * across):
+        said.append("looks turned by 90 degrees")
+    own, other = (right, left) if laterality == "right" else (left, right)
+    if laterality and other > 1.3 * own:
+        said.append(f"called {laterality}, but the breast lies on the other side")
+    profile = lit[:, columns[0] : columns[-1] + 1].mean(axis=0)  # how high it is, along the film
+    parts = np.array([part.mean() if part.size else 0 for part in np.array_split(profile, 8)])
+    middle, ends = parts[3:5].mean(), min(parts[:2].mean(), parts[6:].mean())
+    if middle > max(0.2, 2 * parts[[0, 7]].max()) or ends > max(0.25, 2.5 * middle):
+        said.append("looks like both breasts on one film")
+    turn = -1 if (laterality or guess_laterality(film)) == "right" else 1  # the wall to the left
+    wall = np.flatnonzero(lit[:, ::turn].mean(axis=0) > 0.2)[:1].sum()  # behind it lies padding
+    rows, sixth = np.flatnonzero(lit.mean(axis=1) > 0.02), max(height // 6, 1)
+    strip = coarse[rows[0] : rows[-1] + 1, ::turn][:, wall : wall + max(width // 6, 1)]
+    if strip[-sixth:].mean() > 1.5 * max(strip[:sixth].mean(), 8):
+        said.append("looks upside down (the muscle lies at the bottom)")
+    return said
+
+
+def say_oddities(films):
+    """Warn of what was noted of films (a DataFrame with image and note), a line for each kind."""
+    notes = films.set_index("image")["note"].str.split("; ").explode()
+    for note, part in notes[notes.fillna("") != ""].groupby(notes):
+        swapped = "called" in note and len(part) > len(films) / 4  # of either side
+        hint = "; the column laterality is probably swapped" if swapped else ""
+        common.warn(
+            f"{len(part)} of {len(films)} films, {note}{hint}: {common.listing(part.index)}"
+        )
+
+
+# %% What films are like: by this a film is judged to be unlike the others
+# Three numbers a film. A film far outside of the middle half of its own set is named; step 4 notes
+# the range of all films, and step 5 warns of a film of yours that lies outside of it.
+STATISTICS = ["breast", "mean", "sd"]
+
+
+def film_statistics(canvas):
+    """Measure a film on its canvas (uint8); return a dict of what STATISTICS names, 0 to 1.
+
+    How much of the canvas is breast, and the mean and standard deviation of its grey values.
+    """
+    breast = canvas[canvas > 0] / 255
+    values = (breast.size / canvas.size, breast.mean(), breast.std()) if breast.size else (0, 0, 0)
+    return dict(zip(STATISTICS, map(float, values)))
+
+
+def unlike_the_set(statistics):
+    """Return which films lie over three spans of the middle half away from it, bool (n,)."""
+    low, high = statistics.quantile(0.25), statistics.quantile(0.75)
+    span = 3 * (high - low).clip(lower=0.02)
+    return ((statistics < low - span) | (statistics > high + span)).any(axis=1).to_numpy()
+
+
+# %% Grey levels: one scale for the whole set
+# Films of more than 8 bits seldom use all of their range. They are divided by the fewest bits that
+# hold 99.99 % of the set's pixels, so that the scale hangs on no single pixel.
+def bits_of_set(paths):
+    """Return the depth of the films of more than 8 bits whose headers tell none, else 8."""
+
+    def count(path):
+        """Count a film's pixels by their bits, if they are more than 8."""
+        with contextlib.suppress(OSError, ValueError, SyntaxError):  # named when it is placed
+            if path.suffix.lower() != ".dcm":
+                with Image.open(path) as image:
+                    deep = image.mode.startswith(("I", "F"))
+                pixels, depth = common.read_image(path, []) if deep else (None, 8)
+                if not depth:
+                    return common.bit_lengths(pixels)
+        return np.zeros(65)
+
+    return common.bits_in_use(sum(common.in_threads(count, paths, "looking at grey levels")))
 
 
 # %% Place every film: on all cores, into one array
 # The array lies in a nameless file, so that memory stays flat and a killed run leaves nothing.
 # Films that were placed before, from the same files with the same settings, are taken as they are.
-VERSION = 3  # of reading films; a new one, or an edited function above, makes every array again
+VERSION = 4  # of reading films; a new one, or an edited function above, makes every array again
 
 
-def prepare_film(path, image, laterality, size, source):
+def prepare_film(path, image, laterality, size, source, crop="breast", bits=None):
     """Return one film's canvas and row of films.csv; `problem` says why one cannot be used."""
-    row = {"image": image, "file": str(path.resolve()), "digest": "", "problem": ""}
+    row, notes = {"image": image, "file": str(path.resolve()), "digest": "", "problem": ""}, []
     try:
-        film = common.read_film(path)
+        film = common.read_film(path, bits, notes)
         row["digest"] = hashlib.sha256(np.ascontiguousarray(film)).hexdigest()[:16]
         if source == "mias" and film.shape != (1024, 1024):
             raise ValueError(f"{film.shape[0]} x {film.shape[1]} px, expected 1024 x 1024")
-        canvas, geometry, _ = place_film(film, laterality, size)
-        return canvas, {**row, **geometry._asdict()}
+        notes += oddities(film, laterality) if crop == "breast" else []
+        canvas, geometry, _ = place_film(film, laterality, size, crop)
+        row.update(geometry._asdict(), bits=bits or 8, **film_statistics(canvas))
+        return canvas, {**row, "note": "; ".join(notes)}
     except (UserError, ValueError, OSError) as error:
         row["problem"] = common.explain(error) if isinstance(error, OSError) else str(error)
-        return np.zeros(size, np.uint8), row
+        return np.zeros(size, np.uint8), {**row, "note": ""}
 
 
 def scratch_array(shape, folder):
@@ -653,13 +1020,14 @@ def scratch_array(shape, folder):
 
 if __name__ == "__main__":
     target = common.data_dir(source)
-    sides = labels.set_index("image")["laterality"].to_dict()
+    sides = dict(zip(labels["image"], sides_of(labels["laterality"])))
     files = [(image, sides[image], path.name) for image, path in paths.items()]
-    steps = (guess_laterality, tissue_threshold, connected, fill_holes, find_breast, place_film)
+    steps = (guess_laterality, tissue_threshold, connected, fill_holes, find_breast, place_film,
+             oddities, film_statistics, prepare_film)  # fmt: skip
     code = [(f.__code__.co_code.hex(), f.__code__.co_names,
              [c for c in f.__code__.co_consts if isinstance(c, (int, float, str))])
             for f in steps]  # fmt: skip
-    placed_key = common.fingerprint(VERSION, source, size, files, stock, code)
+    placed_key = common.fingerprint(VERSION, source, size, settings.crop, files, stock, code)
     before, known = {}, None
     with contextlib.suppress(UserError):  # nothing is there yet, or it is not whole
         before = common.read_json(target / "prepared.json")
@@ -673,16 +1041,19 @@ if __name__ == "__main__":
         known = None
         with common.in_words(target):
             canvases = scratch_array((len(paths), *size), target)
+            bits = bits_of_set(list(paths.values()))
 
         def place(item):
             """Fill canvas `number` and return its row of films.csv."""
             number, (image, path) = item
-            canvases[number], row = prepare_film(path, image, sides[image], size, source)
+            film = (path, image, sides[image], size, source, settings.crop, bits)
+            canvases[number], row = prepare_film(*film)
             return row
 
         rows = common.in_threads(place, list(enumerate(paths.items())), "preparing films")
         film_table = pd.DataFrame(rows)  # row n is canvas n
     placed_pixels = hashlib.sha256(canvases).hexdigest()
+    say_oddities(film_table)
 
 
 # %% Check every film: a digest of its pixels tells a wrong, damaged or renamed one
@@ -752,18 +1123,21 @@ def check_films(source, films, missing, allow_partial):
 
 
 def rows_of(labels, films):
-    """Return the labels of those films that have one, in the films' order."""
+    """Return the labels of those films that have one, in the films' order; R becomes right."""
     known = films[films["image"].isin(labels["image"])]
-    return labels.set_index("image").loc[known["image"]].reset_index()[list(labels)]
+    rows = labels.set_index("image").loc[known["image"]].reset_index()[list(labels)]
+    return rows.assign(laterality=sides_of(rows["laterality"]))
 
 
 if __name__ == "__main__":
     common.check_settings(settings, "01_prepare_data.py")
     expected = {*labels["image"], *(known_digests().values() if source == "mias" else ())}
-    there = {path.stem.lower() for path in common.film_paths(folder)}
-    missing = sorted(image for image in expected if image.lower() not in there)
+    missing = sorted(expected - {*paths, *(p.stem.lower() for p in common.film_paths(folder))})
     usable = film_table[check_films(source, film_table, missing, settings.allow_partial)]
-    print(f"{len(usable)} films can be used")
+    odd = usable["image"][unlike_the_set(usable[STATISTICS])]
+    if len(odd):
+        common.warn(f"{len(odd)} films are unlike the others of their set: {common.listing(odd)}")
+    common.table(usable[STATISTICS].describe().round(3), f"{len(usable)} films can be used")
 
 
 # %% Split patients, never films: no patient is on both sides
@@ -805,7 +1179,7 @@ if __name__ == "__main__":
 # %% Circles: from film to canvas pixels
 # A circle whose centre lies on background is unusable (mdb212 and mdb214 of MIAS); one that the
 # crop would cut is a fault of the crop, and refused.
-def place_findings(findings, table, canvases):
+def place_findings(findings, table, canvases, crop="breast"):
     """Add canvas_x, canvas_y and canvas_radius (px), empty for a circle that is unusable.
 
     `table` has image and geometry, its index the row in `canvases`. UserError if a usable circle,
@@ -821,14 +1195,15 @@ def place_findings(findings, table, canvases):
         g = Geometry(*table.loc[n, list(Geometry._fields)])
         x, y = film_to_canvas(row.x, row.y, g)
         inside = 0 <= x < canvases.shape[2] and 0 <= y < canvases.shape[1]
-        if not inside or canvases[n, int(y), int(x)] <= tissue_threshold(canvases[n]):
+        level = tissue_threshold(canvases[n]) if crop == "breast" else -1
+        if not inside or canvases[n, int(y), int(x)] <= level:
             common.warn(f"{row.image}: the circle's centre lies off the breast; not used")
             findings.loc[row.Index, ["x", "y", "radius"]] = np.nan
             continue
         centre, last = np.array([row.x, row.y]), (g.film_width - 1, g.film_height - 1)
         start, end = ((centre + side * row.radius).clip(0, last) for side in (-1, 1))
-        crop = np.array([g.crop_left, g.crop_top])
-        if (start < crop).any() or (end > crop + [g.crop_width - 1, g.crop_height - 1]).any():
+        first = np.array([g.crop_left, g.crop_top])
+        if (start < first).any() or (end > first + [g.crop_width - 1, g.crop_height - 1]).any():
             raise UserError(f"{row.image}: the crop cuts its circle at {row.x}, {row.y}")
         placed[place] = x, y, row.radius * g.scale
     findings[["canvas_x", "canvas_y", "canvas_radius"]] = placed
@@ -836,8 +1211,9 @@ def place_findings(findings, table, canvases):
 
 
 if __name__ == "__main__":
+    common.check_settings(settings, "01_prepare_data.py")
     used_findings = findings[findings["image"].isin(used_labels["image"])]
-    findings_as_placed = place_findings(used_findings, usable, canvases)
+    findings_as_placed = place_findings(used_findings, usable, canvases, settings.crop)
     placed_findings = findings_as_placed.copy()
     print(f"{placed_findings['canvas_radius'].notna().sum()} circles can be used")
 
@@ -936,7 +1312,8 @@ if __name__ == "__main__":
         else:
             prepared_json = {
                 "key": key, "placed": "" if films_edited else placed_key, "source": source,
-                "size": size, "films": len(used), "split_seed": settings.seed,
+                "size": size, "crop": settings.crop, "films": len(used),
+                "split_seed": settings.seed,
                 "note": edits(labels, database[0], splits, {
                     "findings": findings.equals(database[1]) and
                     placed_findings.equals(findings_as_placed),
@@ -952,16 +1329,17 @@ if __name__ == "__main__":
 # Tissue and class have nothing to do with each other in MIAS; calcifications are as often malignant
 # as benign; and every fold has its share of each class.
 if __name__ == "__main__":
-    classes = prepared.labels["label_name"].value_counts().reindex(CLASS_NAMES).to_frame("films")
+    there = [c for c in CLASS_NAMES if c in set(prepared.labels["label_name"])]
+    classes = prepared.labels["label_name"].value_counts().reindex(there).to_frame("films")
     types = pd.crosstab(prepared.findings["type"], prepared.findings["severity"])
     fold_mix = pd.crosstab(prepared.splits["fold"], prepared.labels["label_name"])
-    fold_mix = fold_mix.reindex(columns=CLASS_NAMES, fill_value=0)
+    fold_mix = fold_mix[there]
     common.table(classes, f"films per class (n = {len(prepared.labels)})")
     common.table(types, f"findings per type, by severity (n = {len(prepared.findings)})")
     common.table(fold_mix, "films per class in each fold")
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), layout="constrained")
     sns.countplot(data=prepared.labels, x="tissue", ax=axes[0], hue="label_name",
-                  hue_order=CLASS_NAMES, palette=common.COLOURS)  # fmt: skip
+                  hue_order=there, palette=common.COLOURS)  # fmt: skip
     axes[0].set(ylabel="films", title=f"Tissue (n = {len(prepared.labels)} films)")
     axes[0].legend(title="", fontsize=8)
     colours = {"B": common.COLOURS["benign"], "M": common.COLOURS["malignant"]}
@@ -970,7 +1348,7 @@ if __name__ == "__main__":
                       hue_order=list(colours), palette=colours)  # fmt: skip
     axes[1].set(ylabel="findings", title=f"Findings (n = {len(prepared.findings)})")
     axes[1].tick_params(axis="x", labelsize=8)
-    fold_mix.plot.bar(stacked=True, ax=axes[2], color=list(common.COLOURS.values()), legend=False)
+    fold_mix.plot.bar(stacked=True, ax=axes[2], color=common.COLOURS, legend=False)
     axes[2].set(ylabel="films", title="Class mix of the folds")
     axes[2].tick_params(axis="x", rotation=0)
     common.show(figure, prepared.folder / "figures" / "counts.png")
@@ -981,8 +1359,9 @@ if __name__ == "__main__":
 # was read upside down.
 if __name__ == "__main__":
     circles = prepared.findings.dropna(subset=["canvas_radius"])
-    figure, axes = plt.subplots(3, 7, figsize=(9, 7.4), layout="constrained")
-    for label, line in zip(SEVERITY, axes):
+    rows = [label for label in SEVERITY if (prepared.labels["label"] == label).any()]
+    figure, axes = plt.subplots(len(rows), 7, figsize=(9, 2.5 * len(rows)), layout="constrained")
+    for label, line in zip(rows, axes):
         of_class = prepared.labels[prepared.labels["label"] == label]
         line[0].set_ylabel(CLASS_NAMES[label])
         for axis, n in zip(line, of_class.sample(frac=1, random_state=0).index):

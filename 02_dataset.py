@@ -179,31 +179,13 @@ if __name__ == "__main__":
     parts = fold_parts(prepared, look_fold, settings.validation)
     names = prepared.labels["label_name"]
     parts_mix = pd.DataFrame({part: names[rows].value_counts() for part, rows in parts.items()})
-    common.table(parts_mix.reindex(CLASS_NAMES), f"films per class of fold {look_fold}")
+    in_order = [name for name in CLASS_NAMES if name in parts_mix.index]
+    common.table(
+        parts_mix.loc[in_order].fillna(0).astype(int), f"films per class of fold {look_fold}"
+    )
     dataset = MammogramDataset(prepared, parts["train"])
     film, label, row = dataset[0]
     print(f"film 0: {tuple(film.shape)} {film.dtype}, {CLASS_NAMES[label]}, row {row}")
-
-
-# %% What films are like: by this a film of yours is judged to be like the training films, or not
-# Three numbers a film: how much of the canvas is breast, how bright, how varied. Step 4 notes the
-# range of all prepared films, and step 5 warns of a film of yours that lies outside of it.
-def film_statistics(films, most=2000):
-    """Measure films on the canvas, uint8 (n, height, width); of many, `most` evenly spread ones.
-
-    Returns a DataFrame, a row a film: breast (share of the canvas, 0 to 1), mean and sd of its
-    grey values (0 to 1).
-    """
-    rows = []
-    for n in np.unique(np.linspace(0, len(films) - 1, most).astype(int)):
-        breast = films[n][films[n] > 0] / 255
-        rows.append((breast.size / films[n].size, breast.mean(), breast.std()))
-    return pd.DataFrame(rows, columns=["breast", "mean", "sd"])
-
-
-if __name__ == "__main__":
-    statistics = film_statistics(dataset.films)
-    common.table(statistics.describe().round(3), f"the films in numbers (n = {len(statistics)})")
 
 
 # %% Batches: whole batches come from memory, so that no worker processes are needed

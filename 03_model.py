@@ -10,11 +10,12 @@ Out: build_model() and what belongs to it. Nothing is written but a figure.
 # %% Imports: this script finds its own folder first, whatever the working directory is
 import importlib
 import pickle
+import re
 import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Optional
 
 sys.path.insert(0, str(Path(globals().get("__file__", "cell")).resolve().parent))
 
@@ -38,7 +39,7 @@ class Settings:
     """The network."""
 
     script = "03_model.py"
-    weights: str = "auto"  # auto (ImageNet if it can be had), imagenet, none, or a state dict FILE
+    weights: str = "auto"  # auto (ImageNet if it can be had), imagenet, none, a FILE, or a RUN
     recipe: Literal["lesion", "plain"] = "lesion"  # plain: labels alone; lesion: circles too
     freeze: int = -1  # stages kept as pretrained, 0 to 5; -1: 3 with weights, else 0
     dropout: float = 0.2  # share of the 512 features left out in training
@@ -131,22 +132,55 @@ class MammogramNet(nn.Module):
         return self
 
 
+# %% Weights of a file: a state dict, or an earlier run
+# A large database teaches what a small one cannot. A run remembers which films and patients it was
+# trained or chosen on, and those of the run that it began with, so that step 4 can refuse a leak.
+class Weights(NamedTuple):
+    """What a network begins with."""
+
+    state: Optional[dict]  # of torchvision's resnet18, or of an earlier run; None: a random start
+    name: str
+    seen: dict = {}  # of a run: digests of its "films", and "patients" as source/patient
+
+
+def read_weights(name, fold=0):
+    """Return the Weights of a file or a run, its wrappers (DataParallel's, say) taken off."""
+    path = common.weights_file(name, fold)
+    values, seen, label = common.read_checkpoint(path), {}, f"file {path.name}"
+    if "validation" in values:  # of step 4
+        if "seen" not in values:
+            raise UserError(f"{path} was made by an earlier version; train again")
+        record, seen = values["record"], values["seen"]
+        label = f"run {record['run']} ({record['source_used']}; {record['weights_used']})"
+        print(f"weights: {path}, fold {values['fold']} of {label}")
+    for wrapper in ("state_dict", "model"):
+        values = values[wrapper] if isinstance(values.get(wrapper), dict) else values
+    state = {re.sub(r"^((module|model|backbone)\.)+", "", k): v for k, v in values.items()}
+    tensors = {key: value for key, value in state.items() if torch.is_tensor(value)}
+    broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise UserError(f"{path} holds NaN or infinite values ({common.listing(broken, 3)}); "
+                        "it cannot be trained on")  # fmt: skip
+    return Weights(state, label, seen)
+
+
 # %% Weights: torchvision's ImageNet weights, a file, or a random start that says so
 # Filters learned on a million photographs see edges and textures on films too; 322 films alone
 # teach none of it. Nothing that is read can run code.
-def load_weights(weights):
-    """Return a state dict of torchvision's resnet18 (None: a random start) and its name."""
+def load_weights(weights, fold=0):
+    """Return the Weights that the setting names; of a run, those of the fold if it has them."""
+    weights = str(weights)
     if weights == "none":
-        return None, "none (random start)"
+        return Weights(None, "none (random start)")
     if weights not in ("auto", "imagenet"):
-        return common.read_checkpoint(weights), f"file {Path(weights).name}"
+        return read_weights(weights, fold)
     chosen = ResNet18_Weights.IMAGENET1K_V1
     cached = Path(torch.hub.get_dir()) / "checkpoints" / chosen.url.rsplit("/", 1)[-1]
     try:
         if not cached.is_file():
             common.contact(chosen.url)
         state = chosen.get_state_dict(progress=True, check_hash=True, weights_only=True)
-        return state, "ImageNet (IMAGENET1K_V1)"
+        return Weights(state, "ImageNet (IMAGENET1K_V1)")
     except (pickle.UnpicklingError, EOFError, IndexError, struct.error):
         raise UserError(f"{cached} is damaged or no state dict; delete it, run again") from None
     except (OSError, RuntimeError) as error:
@@ -161,7 +195,7 @@ def load_weights(weights):
         "Going on from a RANDOM START, which is much weaker on mammograms.",
         f"Download {chosen.url} elsewhere and name it with --weights FILE.",
     )
-    return None, "none (random start)"
+    return Weights(None, "none (random start)")
 
 
 def build_model(weights="auto", recipe="lesion", dropout=0.2, freeze=-1):
@@ -171,11 +205,15 @@ def build_model(weights="auto", recipe="lesion", dropout=0.2, freeze=-1):
     """
     if not 0 <= dropout < 1 or not -1 <= freeze <= 5:
         raise UserError(f"dropout {dropout} (0 to below 1), freeze {freeze} (-1 to 5)")
-    state, name = load_weights(weights) if isinstance(weights, str) else weights
+    state, name, seen = weights if isinstance(weights, Weights) else load_weights(weights)
     model = MammogramNet(recipe, dropout)
     if state is not None:
-        state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+        heads = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
+        fitting = {k: v for k, v in state.items() if k in heads and v.shape == heads[k].shape}
+        others = ("fc.", "head.", "skip_head.", "film_bias") if seen else ("fc.",)
+        state = {key: value for key, value in state.items() if not key.startswith(others)}
         try:
+            model.load_state_dict(fitting, strict=False)
             missing, unknown = model.backbone.load_state_dict(state, strict=False)
         except (RuntimeError, AttributeError) as error:  # other shapes, no tensors
             raise UserError(f"{name} is no resnet18 ({' '.join(str(error).split())})") from None

@@ -97,12 +97,12 @@ def resumed(settings, prepared):
     return settings, folder
 
 
-def make_plan(settings, prepared, weights=(None, "")):
+def make_plan(settings, prepared, weights=None):
     """Return the settings with all values filled in, and the folder of an old run or None."""
     if settings.epochs < 0 or settings.batch_size < 1 or settings.lr <= 0:
         raise UserError("batch size must be at least 1, epochs not negative, the rate above 0")
     settings, folder = resumed(settings, prepared) if settings.resume else (settings, None)
-    random_start = weights[0] is None
+    random_start = weights is None or weights.state is None
     epochs = settings.epochs or (20 if random_start else 10)
     plan = replace(
         settings,
@@ -141,6 +141,24 @@ if __name__ == "__main__":
 # %% The network and its optimiser: what stands here after the cell is what the first fold trains
 # The new head learns at its own rate, ten times that of the pretrained stages. Later folds are
 # made by the same function.
+def weights_for(plan, fold, prepared):
+    """Load what a fold begins with; refused if it saw a test film or patient of the fold."""
+    weights = network.load_weights(plan.weights, fold)
+    if weights.seen:
+        test = data.fold_parts(prepared, fold, plan.validation)["test"]
+        patients = prepared.source + "/" + prepared.labels["patient"].iloc[test]
+        known = patients.isin(weights.seen["patients"])
+        known |= prepared.table["digest"].iloc[test].isin(weights.seen["films"])
+        if known.any():
+            raise UserError(
+                f"--weights {plan.weights}: {weights.name} was trained or chosen on "
+                f"{known.sum()} of the {len(test)} test films of fold {fold}, or on their patients "
+                f"({common.listing(prepared.labels['image'].iloc[test][known], 3)}); it would "
+                "know the answers. Take a run on other patients, or one with the same folds"
+            )
+    return weights
+
+
 def network_and_optimizer(plan, weights):
     """Return the model, the optimiser and the scheduler that a fold begins with."""
     device = common.choose_device(plan.device)
@@ -161,13 +179,13 @@ def network_and_optimizer(plan, weights):
 if __name__ == "__main__":
     common.check_settings(settings, "04_train.py")
     with common.first_process_first():
-        weights = network.load_weights(plan.weights)
+        weights = weights_for(plan, (folds or all_folds)[0], train_films.prepared)
     plan, old_run = make_plan(settings, train_films.prepared, weights)
     model, optimizer, scheduler = network_and_optimizer(plan, weights)
     made_for, beginning = plan, None  # nothing is trained yet
     trained_count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(
-        f"weights: {weights[1]}; {trained_count:,} parameters learn, {plan.epochs} epochs at most"
+        f"weights: {weights.name}; {trained_count:,} parameters learn, {plan.epochs} epochs at most"
     )
 
 
@@ -266,6 +284,7 @@ class FoldState:
         if count > len(self.validation_films):
             raise UserError("more processes than validation films; start fewer")
         self.stopped, self.saved = False, 0  # by the user; the epoch of last.pt
+        self.inherited = {}  # films and patients that the weights saw before
         stepped = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         if not stepped <= set(map(id, self.model.parameters())):
             raise UserError("run the cell 'The network and its optimiser' first: the optimiser "
@@ -304,6 +323,14 @@ class FoldState:
         torch.set_rng_state(state["torch"])
         self.progress = {name: state[name] for name in self.progress}
         self.saved = self.progress["epoch"]
+
+    def seen(self):
+        """Return the digests and patients that the weights were trained or chosen on."""
+        rows = np.concatenate([self.train_films.rows, self.validation_films.rows])
+        prepared = self.train_films.prepared
+        patients = prepared.source + "/" + prepared.labels["patient"].iloc[rows]
+        own = {"films": prepared.table["digest"].iloc[rows], "patients": patients}
+        return {n: sorted({*part, *self.inherited.get(n, ())}) for n, part in own.items()}
 
     def take_note(self, row):
         """Add an epoch's row of history.csv; return whether it is the best so far."""
@@ -433,6 +460,7 @@ def save_state(state, folder, record, best=None):
             "model": state.average.module.state_dict(),
             "validation": {**validation, "logits": logits, "labels": films.labels},
             "prior": state.prior,
+            "seen": state.seen(),
             "temperature": temperatures,
             "epoch": state.progress["epoch"],
             "fold": state.fold,
@@ -504,13 +532,14 @@ def new_run(plan, prepared):
 # digests of films, labels and split, the split's seed, and in what labels were edited.
 def describe_run(plan, prepared, folder, weights_name, model):
     """Return settings.json: the settings, what they came to, and what the films are like."""
-    spread = data.film_statistics(prepared.films).quantile([0.005, 0.995])
+    spread = prepared.table[data.prepare.STATISTICS].quantile([0.005, 0.995])
     device = next(model.parameters()).device
     return {
         **asdict(plan),
         "run": folder.name,
         "source_used": prepared.source,
         "weights_used": weights_name,
+        "film_bits": int(prepared.table["bits"].max()),
         "frozen_stages": model.frozen,
         "parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "device_used": str(device),
@@ -598,7 +627,7 @@ if __name__ == "__main__":
         scheduler.patience = plan.lr_patience - 1
     chosen = old_run or (new_run(plan, train_films.prepared) if rank == 0 else None)
     run_folder = common.collect(chosen)[0]
-    record = describe_run(plan, train_films.prepared, run_folder, weights[1], model)
+    record = describe_run(plan, train_films.prepared, run_folder, weights.name, model)
     problems, whole, (mate, mates) = [], True, (0, 1) if dealt else (rank, count)
     with common.locked(run_folder) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
@@ -608,10 +637,14 @@ if __name__ == "__main__":
         for fold in folds:
             try:
                 films, made = (train_films, validation_films), (model, optimizer, scheduler)
+                start_weights = weights
                 if fold != folds[0]:
                     films = fold_films(train_films.prepared, fold, plan)
-                    made = network_and_optimizer(plan, weights)
+                    if weights.seen:
+                        start_weights = weights_for(plan, fold, train_films.prepared)
+                    made = network_and_optimizer(plan, start_weights)
                 state = FoldState(fold, plan, films, made, mate, mates)
+                state.inherited = start_weights.seen
                 if plan.resume:
                     take_up(state, run_folder)
                     if not dealt:

@@ -19,7 +19,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Tuple
+from typing import NamedTuple, Tuple
 
 sys.path.insert(0, str(Path(globals().get("__file__", "cell")).resolve().parent))
 
@@ -56,9 +56,7 @@ class Settings(common.RunSettings):
     resamples: int = 2000  # of patients, for the 95 % intervals
     compare: Tuple[str, ...] = ()  # two runs: their difference; more: their mean
     image: Tuple[str, ...] = ()  # films of your own to read, in place of judging the run
-    laterality: Literal["", "left", "right"] = (
-        ""  # of your (first) film; empty: guessed from its brighter side
-    )
+    laterality: str = ""  # left or right, of your (first) film; empty: guessed, its brighter side
     pair: bool = (
         False  # your two films are both breasts of one person: each is judged beside the other
     )
@@ -97,7 +95,7 @@ def load_folds(folder, record, device="auto"):
     folds = []
     for path in sorted(folder.glob("fold-*/best.pt")):
         checkpoint = common.read_checkpoint(path)
-        if "temperature" not in checkpoint:
+        if "seen" not in checkpoint:
             raise UserError(f"{path} was made by an earlier version; train again")
         model = network.MammogramNet(record["recipe"], record["dropout"])
         try:
@@ -265,7 +263,11 @@ if __name__ == "__main__" and judging:
     recalled = above_threshold(predictions, thresholds)
     common.table(thresholds.round(4), f"thresholds for a malignant recall of {settings.recall}")
     fewest = int(thresholds["malignant"].min())
-    if fewest * (1 - settings.recall) < 1:
+    if not fewest:
+        print(
+            "Without malignant validation films no threshold can be chosen: every film is recalled."
+        )
+    elif fewest * (1 - settings.recall) < 1:
         print(f"With {fewest} malignant validation films a recall of {settings.recall} cannot be")
         print(f"promised: even {fewest} of {fewest} found leaves it between "
               f"{wilson(fewest, fewest)[0]:.2f} and 1.")  # fmt: skip
@@ -339,6 +341,7 @@ def measure(predictions, recalled, weights):
     with np.errstate(invalid="ignore", divide="ignore"):
         recall, precision = hits / counts.sum(2), hits / counts.sum(1)
         f1 = np.nan_to_num(2 * hits / (counts.sum(1) + counts.sum(2)))
+        f1 = f1[:, np.unique(label)]  # a class that the database has not is no mistake
         values = {"accuracy": hits.sum(1) / counts.sum((1, 2)),
                   "balanced accuracy": np.nanmean(recall, 1), "macro F1": f1.mean(1)}  # fmt: skip
         for code, name in enumerate(CLASS_NAMES):
@@ -352,7 +355,7 @@ def measure(predictions, recalled, weights):
         ratio = np.divide(p[:, MALIGNANT], either, out=np.full(len(p), 0.5), where=either > 0)
         values["AUC benign/malignant"] = weighted_auc(ratio, one, label == BENIGN, weights)
         each = [weighted_auc(p[:, c], label == c, label != c, weights) for c in range(3)]
-        values["AUC macro"] = np.mean(each, axis=0)
+        values["AUC macro"] = np.mean([each[c] for c in np.unique(label)], axis=0)
         values["specificity at recall 0.95"] = specificity_at(0.95, p[:, MALIGNANT], one, weights)
         values["average precision malignant"] = weighted_precision(p[:, MALIGNANT], one, weights)
         tp, fn = (weights[:, one & recalled].sum(1), weights[:, one & ~recalled].sum(1))
@@ -380,7 +383,12 @@ if __name__ == "__main__" and judging:
         predictions["patient"], predictions["fold"], settings.resamples, settings.seed
     )
     metrics = summarise(measure(predictions, recalled, draws), settings.resamples)
-    common.table(metrics.round(3), f"test metrics, 95 % intervals over patients; {scope}")
+    known = metrics["value"].notna()
+    common.table(metrics[known].round(3), f"test metrics, 95 % intervals over patients; {scope}")
+    absent = [c for code, c in enumerate(CLASS_NAMES) if code not in set(predictions["label"])]
+    if absent:
+        print(f"No test film is {' or '.join(absent)}, so that these say nothing and are left out: "
+              f"{common.listing(metrics.index[~known], 20)}")  # fmt: skip
     if len(fold_models) < judged_record["data"]["folds"]:
         print("Not all folds are trained: a figure for the whole database needs --fold all.")
 
@@ -392,7 +400,7 @@ if __name__ == "__main__" and judging:
     label, named = predictions["label"], predictions["predicted"]
     by_library = {
         "accuracy": accuracy_score(label, named),
-        "macro F1": f1_score(label, named, average="macro", labels=range(3), zero_division=0),
+        "macro F1": f1_score(label, named, average="macro", labels=np.unique(label)),
     }
     if 0 < (label == MALIGNANT).sum() < len(label):
         by_library["AUC malignant"] = roc_auc_score(label == MALIGNANT, predictions["p_malignant"])
@@ -427,7 +435,7 @@ if __name__ == "__main__" and judging:
     metrics_alone = summarise(measure(alone, recalled_alone, draws), settings.resamples)
     ways = {"film alone": metrics_alone, "beside the other breast": metrics}
     kept = {name: table.loc[BOTH_WAYS, ["value", "low", "high"]] for name, table in ways.items()}
-    other_breast = pd.concat(kept, axis=1)
+    other_breast = pd.concat(kept, axis=1).dropna(how="all")
     common.table(other_breast.round(3), f"without and with the patient's other film; {scope}")
 
 
@@ -436,9 +444,10 @@ if __name__ == "__main__" and judging:
 # of three films are.
 if __name__ == "__main__" and judging:
     figure, axis = plt.subplots(figsize=(5.4, 4.4), layout="constrained")
+    shown = np.unique(predictions[["label", "predicted"]])
     confusion = ConfusionMatrixDisplay.from_predictions(
-        predictions["label"], predictions["predicted"], labels=range(3),
-        display_labels=CLASS_NAMES, cmap="Blues", ax=axis,
+        predictions["label"], predictions["predicted"], labels=shown,
+        display_labels=np.take(CLASS_NAMES, shown), cmap="Blues", ax=axis,
     )  # fmt: skip
     axis.set_title(scope, fontsize=8)
     common.show(figure, judged_run / "figures" / "confusion.png")
@@ -450,9 +459,9 @@ if __name__ == "__main__" and judging:
 if __name__ == "__main__" and judging:
     label = predictions["label"]
     trivial = pd.Series(NORMAL, label.index)
-    f1 = f1_score(label, trivial, average="macro", labels=range(3), zero_division=0)
+    f1 = f1_score(label, trivial, average="macro", labels=np.unique(label), zero_division=0)
     always = {"accuracy": (label == NORMAL).mean(), "malignant recall": 0.0, "macro F1": f1}
-    claim = metrics.loc[list(CLAIM), ["value", "low", "high"]]
+    claim = metrics.loc[list(CLAIM), ["value", "low", "high"]].dropna()
     claim = claim.assign(**{"always normal": pd.Series(always), "claim": pd.Series(CLAIM)})
     common.table(claim.round(3), f"the claim has no published protocol; {scope}")
     figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
@@ -483,7 +492,8 @@ if __name__ == "__main__" and judging:
             text = f"{name}: AUC {value:.2f} ({low:.2f} to {high:.2f})"
             axis.plot(fpr, tpr, color=colour, label=text)
     point = metrics.loc[["specificity at the point", "recall at the point"], "value"]
-    axis.plot(1 - point.iloc[0], point.iloc[1], "ok", label="threshold from validation")
+    if point.notna().all():
+        axis.plot(1 - point.iloc[0], point.iloc[1], "ok", label="threshold from validation")
     axis.plot([0, 1], [0, 1], "--", color="#999999", label="chance")
     axis.set(xlabel="1 - specificity", ylabel="sensitivity (recall)", aspect="equal")
     axis.set_title(scope, fontsize=8)
@@ -548,7 +558,7 @@ def by_group(predictions, prepared):
             ("radius", findings, size)]  # fmt: skip
     rows = []
     for group, frame, key in keys:
-        for value, part in frame.groupby(key, observed=True):
+        for value, part in frame[key.astype(str) != ""].groupby(key, observed=True):
             found = int((part["predicted"] != NORMAL).sum())
             right = float((part["predicted"] == part["label"]).mean())
             rows.append((group, value, len(part), found / len(part), right,
@@ -618,7 +628,8 @@ if __name__ == "__main__" and judging:
                 points["chance"].mean()] for name in ("cam", "places")},
         index=["n", "hits", "low", "high", "chance"],
     ).T  # fmt: skip
-    common.table(pointing.round(3), f"pointing game over {len(points)} usable circles")
+    if len(points):
+        common.table(pointing.round(3), f"pointing game over {len(points)} usable circles")
 
 
 # %% From canvas to film: a map over a film
@@ -652,7 +663,7 @@ def draw_film(axis, image, overlay, prepared):
     g = prepare.Geometry(*row[list(prepare.Geometry._fields)])
     size = prepared.films.shape[1:]
     try:
-        film = common.read_film(row["file"])
+        film = common.read_film(row["file"], row["bits"] if row["bits"] > 8 else None, [])
     except UserError:  # the originals were moved; the canvas still has the breast
         film = canvas_on_film(prepared.films[row.name], g, size)
     draw_heat(axis, film, canvas_on_film(overlay, g, size))
@@ -665,8 +676,10 @@ if __name__ == "__main__" and judging:
     malignant, normal = (ranked[ranked["label"] == code] for code in (MALIGNANT, NORMAL))
     sheet = {"surest hits": malignant[::-1], "worst misses": malignant,
              "false alarms": normal[::-1]}  # fmt: skip
+    sheet = {name: films for name, films in sheet.items() if len(films)}
     for kind, maps in {"Grad-CAM": reading.cams, "Places": reading.places}.items():
-        figure, axes = plt.subplots(3, 5, figsize=(9, 6.6), layout="constrained")
+        figure, axes = plt.subplots(len(sheet) or 1, 5, figsize=(9, 6.6), layout="constrained",
+                                    squeeze=False)  # fmt: skip
         for (name, films), line in zip(sheet.items(), axes):
             for axis, (n, row) in zip(line, films.head(5).iterrows()):
                 draw_film(axis, row["image"], maps[n], run_data)
@@ -686,7 +699,7 @@ if __name__ == "__main__" and judging:
 # the same. That cannot be forbidden, but it can be said.
 def unlike(canvas, statistics):
     """Name the measures of a film that lie outside the range of 99 % of the run's films."""
-    own = data.film_statistics(canvas[None]).iloc[0]
+    own = prepare.film_statistics(canvas)
     return ", ".join(
         f"{name} {own[name]:.2f} (theirs {low:.2f} to {high:.2f})"
         for name, (low, high) in statistics.items()
@@ -697,17 +710,21 @@ def unlike(canvas, statistics):
 # %% Your own films: on the canvas, as those that the run was trained on
 # The same crop and the same canvas as in step 1. Of a pair, the first film's laterality settles the
 # second's.
-def place_own_films(paths, settings, size):
+def place_own_films(paths, settings, size, record):
     """Return the films of paths and, for each, its canvas and Geometry."""
     if settings.pair and len(paths) != 2:
         raise UserError(f"--pair takes the two films of one person, found {len(paths)}")
-    films = [common.read_film(path) for path in paths]
-    sides, placed = [settings.laterality] * len(films), []
-    if settings.pair and settings.laterality:
-        sides[1] = "left" if settings.laterality == "right" else "right"
+    bits = record["film_bits"] if record["film_bits"] > 8 else None
+    films = [common.read_film(path, bits) for path in paths]
+    side = str(prepare.sides_of(pd.Series([str(settings.laterality)]), "--laterality")[0])
+    sides, placed = [side] * len(films), []
+    if settings.pair and side:
+        sides[1] = "left" if side == "right" else "right"
     for path, film, side in zip(paths, films, sides):
+        for what in prepare.oddities(film, side) if record["data"]["crop"] == "breast" else ():
+            common.warn(f"{path}: {what}")
         try:
-            placed.append(prepare.place_film(film, side, size)[:2])
+            placed.append(prepare.place_film(film, side, size, record["data"]["crop"])[:2])
         except ValueError as error:
             raise UserError(f"{path}: {error}; is it a mammogram of one breast?") from None
     if settings.pair and placed[0][1].mirrored == placed[1][1].mirrored:
@@ -728,9 +745,9 @@ def read_own_films(paths, folder, record, settings):
     figures : list of Figure
         One a film: the film, Grad-CAM and the map of places over it.
     """
-    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    paths = common.named_films(paths)
     folds, size = load_folds(folder, record, settings.device), tuple(record["data"]["size"])
-    films, placed = place_own_films(paths, settings, size)
+    films, placed = place_own_films(paths, settings, size, record)
     canvases = np.stack([canvas for canvas, _ in placed])
     dataset = data.MammogramDataset.of_canvases(canvases)
     bar = common.Progress(len(folds) * len(films), "reading")
@@ -825,6 +842,7 @@ def compare_runs(names, resamples, seed):
         low=drawn.quantile(0.025),
         high=drawn.quantile(0.975),
     )
+    comparison = comparison.dropna(how="all")  # of classes that the films have not
     if not two:
         return comparison, None
     right = [(table["label"] == table["predicted"]).to_numpy() for table in tables]
@@ -875,7 +893,9 @@ if __name__ == "__main__" and judging:
         "accuracy": value["accuracy"], "macro_f1": value["macro F1"],
         "malignant_recall": value["malignant recall"],
         "recall_per_class": {c: value[f"{c} recall"] for c in CLASS_NAMES},
-        "confusion_matrix": confusion.confusion_matrix, "metrics": metrics.T.to_dict(),
+        "confusion_matrix": confusion.confusion_matrix,
+        "classes_of_the_confusion_matrix": confusion.display_labels,
+        "metrics": metrics.T.to_dict(),
         "metrics_film_alone": metrics_alone.T.to_dict(),
         "resamples": settings.resamples, "wanted_recall": settings.recall,
         "thresholds": thresholds.to_dict("records"),
@@ -913,7 +933,7 @@ if __name__ == "__main__" and judging:
     )  # fmt: skip
     sections = [f"<h1>{html.escape(judged_run.name)}</h1>", card]
     for title, frame in {
-        "Metrics": metrics, "Without and with the other breast": other_breast,
+        "Metrics": metrics[known], "Without and with the other breast": other_breast,
         "Beside the claim": claim, "Classification report": report, "Thresholds": thresholds,
         "Chosen on validation": chosen_on_validation, "Calibration": calibration,
         "By group": groups, "Pointing game": pointing,

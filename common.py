@@ -12,6 +12,7 @@ import difflib
 import errno
 import hashlib
 import http.client
+import importlib
 import inspect
 import json
 import os
@@ -34,7 +35,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
 # ---------------------------------------------------------------------- names and folders
 
@@ -416,36 +417,32 @@ def contact(url, patience=12.0):
 FILM_SUFFIXES = (".pgm", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm")
 
 
-def read_film(path):
+def read_film(path, bits=None, notes=None):
     """Read a film as grey values.
 
     Parameters
     ----------
     path : str or Path
-        A PGM (binary or ASCII), PNG, JPEG or TIFF of 8 or 16 bit; ``.dcm`` when pydicom is there.
+        A PGM (binary or ASCII), PNG, JPEG or TIFF; ``.dcm`` when pydicom is there.
+    bits : int, optional
+        A film of more than 8 bits is divided by ``2**bits - 1``, unless its header says more; by
+        default by the depth that holds 99.99 % of its own pixels. What lies above is clipped.
+    notes : list, optional
+        Takes what was guessed or is odd, in place of a warning.
 
     Returns
     -------
     film : ndarray of uint8, shape (height, width)
-        0 is black. 16-bit films are shifted so that the highest bit in use becomes bit 7: a
-        12-bit film in a 16-bit file keeps its contrast.
+        0 is black, upright as its header says.
 
     Raises
     ------
     UserError
-        If the file is missing, no film, cut short, or larger than Pillow's safety limit.
+        If the file is missing, no film, cut short, or cannot be read without a loss.
     """
-    path = Path(path)
+    path, said = Path(path).expanduser(), []
     try:
-        if path.suffix.lower() == ".dcm":
-            return to_uint8(_read_dicom(path))
-        with Image.open(path) as image:
-            if image.mode == "P" or len(image.getbands()) > 1:
-                colours = np.array(image.convert("RGB"))
-                if np.ptp(colours, axis=2).max() > 32:  # JPEG alone tints a grey film a little
-                    warn(f"{path} has colours; marks on a film may give its label away")
-                image = image.convert("L")  # a grey film that was saved in colour
-            return to_uint8(np.array(image))
+        pixels, depth = (read_dicom if path.suffix.lower() == ".dcm" else read_image)(path, said)
     except FileNotFoundError:
         raise UserError(f"{path} is not there; check the name and the folder") from None
     except UnidentifiedImageError:
@@ -457,39 +454,148 @@ def read_film(path):
         if isinstance(error, (PermissionError, IsADirectoryError)):
             raise
         raise UserError(f"{path} cannot be decoded ({error}); copy it from the source") from None
+    if pixels.dtype != np.uint8:
+        white = 2 ** (depth or bits or bits_in_use(bit_lengths(pixels))) - 1
+        pixels = (pixels.clip(0, white) * (255 / white) + 0.5).astype(np.uint8)
+    bright = (pixels >= 240).mean()
+    if 0.2 < bright < 0.95 and bright > 2 * (pixels <= 15).mean():  # at most 0.18 on a film of MIAS
+        pixels = 255 - pixels
+        said.append("taken for a negative, since its background is white, and inverted")
+    if notes is not None:
+        notes += said
+    for what in said if notes is None else ():
+        warn(f"{path}: {what}")
+    return pixels
 
 
-def to_uint8(pixels):
-    """Scale grey values of any whole-number or float type to uint8, shape unchanged."""
-    if pixels.dtype == np.uint8:
-        return pixels
+def read_image(path, said):
+    """Return the pixels of a PGM, PNG, JPEG or TIFF, and their depth if its header tells it."""
+    with Image.open(path) as image:
+        pages = getattr(image, "n_frames", 1)
+        if pages > 1:
+            sizes = []
+            for page in range(pages):
+                image.seek(page)
+                sizes.append(image.size)
+            image.seek(max(range(pages), key=lambda page: np.prod(sizes[page])))
+            said.append(f"has {pages} pages; the largest is used")
+        if len(image.getbands()) > 1 and ";16" in str(image.tile):
+            raise ValueError("16 bits in several channels, of which 8 would be lost: save it grey")
+        white_is_zero = image.format == "TIFF" and image.tag_v2.get(262) == 0
+        scaled = 16 if image.format == "PPM" else None  # Pillow stretches those to the full range
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+        if image.mode == "P" or len(image.getbands()) > 1:
+            colours = np.array(image.convert("RGB"))
+            if np.ptp(colours, axis=2).max() > 32:  # JPEG alone tints a grey film a little
+                said.append("has colours; marks on a film may give its label away")
+            image = image.convert("L")  # a grey film that was saved in colour
+        pixels = np.array(image)
     if pixels.dtype == bool:
-        return pixels.astype(np.uint8) * 255
-    low, high = float(pixels.min()), float(pixels.max())
-    if not np.isfinite([low, high]).all():
+        return pixels.astype(np.uint8) * 255, 8
+    if pixels.dtype == np.uint8:
+        return pixels, 8
+    if not np.isfinite(pixels).all():
         raise ValueError("pixels that are NaN or infinite")
-    if pixels.dtype.kind == "f":
-        return ((pixels - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
-    pixels = pixels.astype(np.int64) - min(int(low), 0)  # signed films start below zero
-    return (pixels >> max(int(pixels.max()).bit_length() - 8, 0)).astype(np.uint8)
+    if pixels.dtype.kind == "f" and 0 <= pixels.min() and pixels.max() <= 1:
+        pixels, scaled = pixels * 65535.0, 16
+    pixels = np.rint(pixels).astype(np.int64)
+    if pixels.min() < 0:  # signed: black is what all but a few pixels lie above
+        pixels = pixels - int(np.quantile(pixels, 1e-4))
+        said.append("has grey values below zero; the lowest were made black")
+    if white_is_zero:  # which Pillow minds in films of 8 bits only
+        pixels = 2 ** bits_in_use(bit_lengths(pixels)) - 1 - pixels
+    return pixels, scaled
 
 
-def _read_dicom(path):
-    """Read the pixels of a DICOM file with pydicom, which is no requirement of this project."""
+def bit_lengths(pixels):
+    """Count the pixels that need 0, 1, 2, ... bits; returns int (65,)."""
+    return np.bincount(np.frexp(pixels.clip(0).astype(np.float64))[1].ravel(), minlength=65)
+
+
+def bits_in_use(counts):
+    """Return the fewest bits, 8 at least, that hold 99.99 % of the pixels that were counted."""
+    return max(int((counts.cumsum() >= 0.9999 * counts.sum()).argmax()), 8)
+
+
+def read_dicom(path, said=(), header=False):
+    """Return the pixels of a DICOM film as its header wants them shown, and 16, their depth.
+
+    With the window or lookup table, inverted and without padding. With `header` return only its
+    (patient, laterality), "" where it has none. pydicom is no requirement of this project.
+    """
     try:
         import pydicom
+
+        new = hasattr(pydicom, "pixels")  # since 3.0
+        tools = importlib.import_module(
+            f"pydicom.{'pixels' if new else 'pixel_data_handlers.util'}"
+        )
     except ImportError:
         raise UserError(f"{path} needs pydicom: pip install pydicom, or export a PNG") from None
-    dataset = pydicom.dcmread(path)
-    pixels = dataset.pixel_array
-    inverted = dataset.get("PhotometricInterpretation") == "MONOCHROME1"
-    return pixels.max() - pixels if inverted else pixels
+    try:
+        film = pydicom.dcmread(path, stop_before_pixels=header)
+        if header:
+            side = film.get("ImageLaterality") or film.get("Laterality") or ""
+            return str(film.get("PatientID") or ""), str(side)
+        if int(film.get("NumberOfFrames") or 1) > 1 or int(film.get("SamplesPerPixel") or 1) > 1:
+            raise ValueError("it has several frames or colours")
+        raw, half = film.pixel_array, film.PixelRepresentation * 2 ** (film.BitsStored - 1)
+        every = np.linspace(-half, 2**film.BitsStored - 1 - half, 1 << 16).round().astype(raw.dtype)
+        shown, every = (
+            tools.apply_voi_lut(tools.apply_modality_lut(part, film), film).astype(np.float64)
+            for part in (raw, every)
+        )
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # pydicom's are of all kinds: no decoder, no pixels, no DICOM
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"{path} cannot be read as a DICOM film ({reason}); for compressed ones pip install "
+            "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg, or export a PNG of it"
+        ) from None
+    low, high = every.min(), every.max()
+    pixels = np.rint((shown - low) / max(high - low, 1e-12) * 65535).astype(np.int64)
+    inverse = film.get("PresentationLUTShape") == "INVERSE"
+    if inverse or film.get("PhotometricInterpretation") == "MONOCHROME1":
+        pixels = 65535 - pixels
+    padding = film.get("PixelPaddingValue")
+    if padding is not None:
+        ends = sorted([padding, film.get("PixelPaddingRangeLimit", padding)])
+        pixels[(raw >= ends[0]) & (raw <= ends[1])] = 0
+    return pixels, 16
 
 
 def film_paths(folder):
-    """Return the film files of a folder, sorted by name."""
-    paths = (path for path in Path(folder).iterdir() if not path.name.startswith("."))
-    return sorted(path for path in paths if path.suffix.lower() in FILM_SUFFIXES)
+    """Return the film files in a folder and below, sorted; hidden ones and masks are left out."""
+
+    def refuse(error):
+        raise error
+
+    paths = []
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths += [Path(root, name) for name in names if not name.startswith(".")]
+    return sorted(
+        path
+        for path in paths
+        if path.suffix.lower() in FILM_SUFFIXES
+        and not re.search(r"_mask(_\d+)?$", path.stem, re.IGNORECASE)
+    )
+
+
+def named_films(names):
+    """Return the paths that names, patterns such as scans/*.png, and folders stand for."""
+    names = [names] if isinstance(names, (str, Path)) else list(names)
+    paths = []
+    for path in (Path(name).expanduser() for name in names):
+        several = film_paths(path) if path.is_dir() else sorted(path.parent.glob(path.name))
+        if path.is_dir() and not several:
+            raise UserError(f"{path} holds no films; read are {', '.join(FILM_SUFFIXES)}")
+        paths += several or [path]
+    return paths
 
 
 def in_threads(function, items, label):
@@ -521,6 +627,7 @@ class Prepared(typing.NamedTuple):
     findings: pd.DataFrame  # findings.csv, in film and in canvas pixels
     splits: pd.DataFrame  # splits.csv: image, patient, fold
     fingerprint: str  # of pixels, labels and findings
+    crop: str  # "breast", or "none": whole films
     split_seed: int  # that dealt the patients into folds
     note: str  # in what the labels, films or folds differ from the database's; "" if in nothing
 
@@ -530,6 +637,7 @@ class Prepared(typing.NamedTuple):
             "source": self.source,
             "films": len(self.films),
             "size": list(self.films.shape[1:]),
+            "crop": self.crop,
             "pixels_and_labels": self.fingerprint,
             "split": fingerprint(self.splits.to_csv(index=False)),
             "folds": int(self.splits["fold"].max()) + 1,
@@ -560,13 +668,14 @@ def load_prepared(source):
         )
         if not len(films) == len(table) == len(labels) == len(splits):
             raise ValueError("films and tables differ in length")
-        pixels, seed = state["pixels"], state["split_seed"]
+        pixels, crop, seed = state["pixels"], state["crop"], state["split_seed"]
+        table["bits"]  # an earlier version noted none
     except (OSError, ValueError, EOFError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"{folder} is not whole ({error}); run 01_prepare_data.py again") from None
     check_tables(labels, splits)
     content = fingerprint(pixels, labels.to_csv(), findings.round(3).to_csv())
     tables = table, labels, findings, splits
-    return Prepared(source, folder, films, *tables, content, seed, note)
+    return Prepared(source, folder, films, *tables, content, crop, seed, note)
 
 
 def check_tables(labels, splits):
@@ -613,10 +722,30 @@ def announce(prepared):
 
 def read_table(path):
     """Read a CSV of ours; names stay text, even 001 and NA."""
-    text = dict.fromkeys(("image", "patient", "digest"), str)
+    text = dict.fromkeys(("image", "patient", "digest", "note"), str)
     numbers = ("x", "y", "radius", "canvas_x", "canvas_y", "canvas_radius")
     empty = dict.fromkeys(numbers, [""])
     return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=empty)
+
+
+def weights_file(name, fold=0):
+    """Return the file that is meant by a path, a pattern, a run or its folder; of a run, best.pt.
+
+    That of the fold, if the run has it, since it saw no test patient of the same fold; else the
+    first.
+    """
+    path = Path(name).expanduser()
+    files = [path] if path.is_file() else sorted(path.parent.glob(path.name))
+    if len(files) == 1 and files[0].is_file():
+        return files[0]
+    folder = path if path.is_dir() else runs_dir(str(name))
+    found = {part.parent.name: part for part in sorted(folder.glob("fold-*/best.pt"))}
+    if not found:
+        raise UserError(
+            f"{path} is not there; expected a state dict FILE, or a run in {runs_dir()} that has a "
+            "fold-K/best.pt; check the name and the folder"
+        )
+    return found.get(f"fold-{fold}", next(iter(found.values())))
 
 
 def find_run(name=""):
@@ -632,7 +761,7 @@ def find_run(name=""):
 def read_record(folder):
     """Read settings.json of a run; a run of an earlier version is refused."""
     record = read_json(folder / "settings.json")
-    if "note" not in record:
+    if "film_bits" not in record:
         raise UserError(f"the run {folder.name} was made by an earlier version; train again")
     return record
 

@@ -114,7 +114,7 @@ def test_coloured_marks_on_a_film_are_warned_of_and_a_grey_film_in_colour_is_not
     film[60:64, 20:40] = 255, 0, 0
     Image.fromarray(film).save(home / "marked.png")
     assert common.read_film(home / "marked.png").shape == (128, 128)
-    assert f"{home / 'marked.png'} has colours" in capsys.readouterr().err
+    assert f"{home / 'marked.png'}: has colours" in capsys.readouterr().err
 
 
 def test_names_of_films_match_whatever_their_case_but_not_twice(ready, capsys):
@@ -126,7 +126,7 @@ def test_names_of_films_match_whatever_their_case_but_not_twice(ready, capsys):
     assert again.fingerprint == first.fingerprint and again.labels.equals(first.labels)
     assert "warning" not in capsys.readouterr().err
     Image.fromarray(breast()).save(first.folder / "raw" / "mdb001.png")
-    assert "several files for MDB001" in refused(prepare_data, **TINY)
+    assert "could be meant by mdb001" in refused(prepare_data, **TINY)
 
 
 def test_names_in_a_csv_match_whatever_their_case(home):
@@ -222,8 +222,8 @@ def test_a_write_that_fails_leaves_a_split_that_was_edited_by_hand_in_use(ready,
 
 READERS = {  # what may not be read: the function and a part of the name
     "the data folder": (Path, "mkdir", "data"),
-    "a folder of films": (Path, "iterdir", "scans"),
-    "the labels": (prepare.pd, "read_csv", "mine.csv"),
+    "a folder of films": (os, "scandir", "scans"),
+    "the labels": (Path, "read_bytes", "mine.csv"),
     "a film": (Image, "open", "003.png"),
 }
 

@@ -418,8 +418,8 @@ class Hostile:  # noqa: D101
 def damaged(kind, rgb, path):
     """Write a weights file that must not be taken."""
     state = rgb.state_dict()
-    if kind == "prefixed":
-        state = {f"module.{name}": value for name, value in state.items()}
+    if kind == "not a number":
+        state["layer1.0.conv1.weight"] = torch.full((64, 64, 3, 3), float("nan"))
     elif kind == "of another shape":
         state["layer1.0.conv1.weight"] = torch.zeros(64, 64, 1, 1)
     elif kind == "hostile":
@@ -438,7 +438,11 @@ def damaged(kind, rgb, path):
 
 @pytest.mark.parametrize(
     "kind, said",
-    [("prefixed", "missing"), ("of another shape", "layer1.0.conv1"), ("truncated", "damaged")]
+    [
+        ("not a number", "NaN.*layer1.0.conv1"),
+        ("of another shape", "layer1.0.conv1"),
+        ("truncated", "damaged"),
+    ]
     + [("truncated, legacy format", "damaged"), ("empty", "damaged|code"), ("missing", "not there")]
     + [("hostile", "code"), ("a web page", "damaged|code"), ("no state", "expected a state dict")],
 )

@@ -588,10 +588,10 @@ def test_missing_unfinished_and_damaged_runs_end_with_one_message(run):
     changed = {**run.trained[0], "model": {"head.weight": torch.zeros(3)}}
     torch.save(changed, path)
     assert "does not fit" in refusal(command("--run", "bad"))
-    del changed["temperature"]
+    del changed["seen"]
     torch.save(changed, path)
     assert "earlier version" in refusal(command("--run", "bad"))
-    record = {name: value for name, value in run.record.items() if name != "note"}
+    record = {name: value for name, value in run.record.items() if name != "film_bits"}
     common.write_json(record, common.runs_dir("bad/settings.json"))
     assert "earlier version" in refusal(command("--run", "bad"))
 
@@ -637,7 +637,8 @@ def test_runs_on_films_and_patients_called_001_and_na_can_be_compared(home):
 def test_one_fold_without_malignant_films_is_evaluated_and_recorded_as_json(run, home, monkeypatch):
     monkeypatch.setattr(network, "resnet18", lambda weights=None: ResNet(BasicBlock, [1] * 4))
     labels = run.prepared.labels[["image", "patient", "label"]]
-    common.write_csv(labels.replace({"label": {MALIGNANT: BENIGN}}), home / "mine.csv")
+    names = labels["label"].replace({MALIGNANT: BENIGN}).map(dict(enumerate(common.CLASS_NAMES)))
+    common.write_csv(labels.assign(label=names), home / "mine.csv")
     own = {"images": str(run.prepared.folder / "raw"), "labels": str(home / "mine.csv")}
     prepare_data(source="own", size="64x64", folds=3, **own)
     folder = run_main("04_train.py", source="own", **QUICK).run_folder
@@ -675,18 +676,19 @@ def test_another_head_is_one_place_in_step_3_and_every_later_step_runs(run, home
 
 @pytest.fixture(scope="module")
 def own(run, tmp_path_factory):
-    """Read a typical left breast, 131 x 117 px, in four formats, inverted, and as prepared."""
+    """Read a typical left breast, 131 x 117 px, in four formats, dark, and as prepared."""
     folder, labels = tmp_path_factory.mktemp("own"), run.prepared.labels
-    measures = data.film_statistics(run.prepared.films)
+    measures = run.prepared.table[step.prepare.STATISTICS]
     far = ((measures - measures.median()) / measures.std()).abs().max(axis=1)
     known = far[labels["laterality"] == "left"].idxmin()
     raw = run.prepared.folder / "raw" / f"{labels['image'][known]}.pgm"
     film = np.asarray(Image.open(raw).resize((117, 131), Image.BILINEAR))
     paths = [folder / f"scan.{suffix}" for suffix in ("pgm", "png", "tif", "jpg")]
-    for path, grey in zip(paths, (film, film.astype(np.uint16) * 16, film, film)):  # 12 of 16 bit
+    twelve = np.rint(film * (4095 / 255)).astype(np.uint16)  # 12 of 16 bit
+    for path, grey in zip(paths, (film, twelve, film, film)):
         Image.fromarray(grey).save(path)
-    Image.fromarray(255 - film).save(folder / "inverted.png")
-    paths += [folder / "inverted.png", raw]
+    Image.fromarray(film // 5).save(folder / "dark.png")
+    paths += [folder / "dark.png", raw]
     done = command(*FLAGS, "--run", "cv", "--image", *paths)
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(run.folder / "own-films" / "predictions.csv", keep_default_na=False)
@@ -715,7 +717,7 @@ def test_every_own_film_gets_a_figure_also_films_of_one_name(own, run):
 
 def test_only_a_film_unlike_the_training_films_is_warned_of(own):
     said = re.findall("warning: (.*?) the training", own.done.stderr)
-    assert said == [f"{own.folder / 'inverted.png'} is unlike"]
+    assert said == [f"{own.folder / 'dark.png'} is unlike"]
     assert [bool(note) for note in own.table["note"]] == [False] * 4 + [True, False]
 
 

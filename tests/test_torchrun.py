@@ -146,7 +146,7 @@ def test_two_processes_see_disjoint_halves_of_every_batch(team):
 
 
 def test_two_processes_learn_what_one_learns_from_the_whole_batches(team, monkeypatch):
-    random = (None, "none (random start)")  # what load_weights returns for "none"
+    random = network.Weights(None, "none (random start)")  # what load_weights returns for "none"
     plan, _ = step.make_plan(step.Settings(**TOGETHER, epochs=2), team.prepared, random)
     films, made = step.fold_films(team.prepared, 0, plan), step.network_and_optimizer(plan, random)
     state, whole = step.FoldState(0, plan, films, made), data.batches

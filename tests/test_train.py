@@ -165,7 +165,7 @@ def test_run_writes_the_files_and_columns_of_the_contract(tiny, recipe, capsys):
     best, last = load(folder), load(folder, "last.pt")
     assert last["epoch"] == 2 and best["record"]["data"] == record["data"] == tiny.identity()
     kept = tiny.labels.iloc[data.fold_parts(tiny, 0)["validation"]]
-    keys = {"model", "validation", "prior", "temperature", "epoch", "fold", "record"}
+    keys = {"model", "validation", "prior", "temperature", "epoch", "fold", "record", "seen"}
     assert set(best) == keys and set(best["temperature"]) == {"beside", "alone"}
     for name in ("image", "patient", "laterality"):
         assert best["validation"][name] == kept[name].tolist()
@@ -186,9 +186,8 @@ def test_fold_all_trains_every_fold_once(tiny):
 
 
 def test_no_film_of_a_test_patient_is_read_while_training(tiny, monkeypatch):
-    """But for the statistics by which films of one's own are warned of."""
     test = set(np.flatnonzero(tiny.splits["fold"] == 1))
-    reads, statistics = [], data.film_statistics(tiny.films)
+    reads = []
 
     class Guarded:
         shape = tiny.films.shape
@@ -200,7 +199,6 @@ def test_no_film_of_a_test_patient_is_read_while_training(tiny, monkeypatch):
             reads.extend(np.atleast_1d(rows).tolist())
             return tiny.films[rows]
 
-    monkeypatch.setattr(data, "film_statistics", lambda films: statistics)
     monkeypatch.setattr(common, "open_prepared", lambda source: tiny._replace(films=Guarded()))
     train(fold=1, epochs=2)
     assert test and len(set(reads)) > 8 and not test & set(reads)
@@ -506,7 +504,7 @@ def test_run_killed_at_random_moments_ends_as_if_it_had_never_been(tiny):
 def note_run(tiny, name, **changes):
     """Write settings.json of a run that began with the quick settings."""
     settings = dataclasses.asdict(step.Settings(**{**QUICK, **changes}))
-    record = {**settings, "data": tiny.identity(), "note": ""}
+    record = {**settings, "data": tiny.identity(), "note": "", "film_bits": 8}
     common.write_json(record, common.runs_dir(name) / "settings.json")
     return record
 
@@ -528,10 +526,10 @@ def test_resume_with_other_settings_or_data_is_refused_and_names_the_difference(
 
 
 def test_resume_with_other_weights_than_the_run_began_with_is_refused(tiny, monkeypatch):
-    monkeypatch.setattr(network, "load_weights", lambda weights: (None, "none (random start)"))
+    monkeypatch.setattr(network, "load_weights", lambda *given: network.Weights(None, "none"))
     train(run="old", weights="auto", freeze=-1)
     state = {k: v for k, v in network.resnet18().state_dict().items() if k[:3] != "fc."}
-    monkeypatch.setattr(network, "load_weights", lambda weights: (state, "ImageNet"))
+    monkeypatch.setattr(network, "load_weights", lambda *given: network.Weights(state, "ImageNet"))
     with pytest.raises(UserError, match="none.*ImageNet"):
         go_on(run="old", epochs=2)
 
@@ -548,10 +546,10 @@ def test_truncated_last_state_is_named_and_the_best_one_offered(tiny):
 def test_runs_and_checkpoints_of_an_earlier_version_are_refused(tiny):
     folder = train().run_folder
     best, record = load(folder), common.read_json(folder / "settings.json")
-    torch.save({k: v for k, v in best.items() if k != "temperature"}, folder / "fold-0/best.pt")
+    torch.save({k: v for k, v in best.items() if k != "seen"}, folder / "fold-0/best.pt")
     with pytest.raises(UserError, match="best.pt was made by an earlier version; train again"):
         conftest.run_main("05_evaluate.py")
-    del record["note"]
+    del record["film_bits"]
     common.write_json(record, folder / "settings.json")
     for name, changes in {"04_train.py": {"resume": True}, "05_evaluate.py": {}}.items():
         with pytest.raises(UserError, match=f"{folder.name} was made by an earlier version"):

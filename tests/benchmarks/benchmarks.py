@@ -227,7 +227,7 @@ def new_state(prepared, settings, freeze, precision=None):
         precision=precision or settings.precision,
     )
     plan, _ = steps.make_plan(chosen, prepared)
-    parts = steps.network_and_optimizer(plan, (None, "none (random start)"))
+    parts = steps.network_and_optimizer(plan, network.Weights(None, "none"))
     return steps.FoldState(0, plan, steps.fold_films(prepared, 0, plan), parts)
 
 

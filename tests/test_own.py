@@ -1,0 +1,547 @@
+"""A database of one's own is read right, refused with its film or line, or named in a warning."""
+
+import importlib
+import re
+import struct
+import sys
+import zlib
+
+import conftest
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import prepare, prepare_data, run_main
+from PIL import Image
+from test_prepare import breast, refused
+from torchvision.models.resnet import BasicBlock, ResNet
+
+import common
+from common import MALIGNANT, NORMAL
+
+network, training = (importlib.import_module(name) for name in ("03_model", "04_train"))
+
+
+def film(seed=0, side="left", size=128):
+    """Draw a breast on black with a bright muscle at the top of the chest wall, uint8."""
+    y, x = np.mgrid[:size, :size] / size
+    picture = np.where(breast(seed, "left", size) > 30, breast(seed, "left", size), 0)
+    picture = np.where((x / 0.2 + y / 0.35 < 1) & (picture > 0), 180, picture).astype(np.uint8)
+    return picture[:, ::-1].copy() if side == "right" else picture
+
+
+def table(home, text, encoding="utf-8", name="mine.csv"):
+    """Write a table; return its path."""
+    (home / name).write_bytes(text.encode(encoding))
+    return home / name
+
+
+def labels_of(home, text, classes="", **options):
+    """Read a table of labels, without a folder."""
+    return prepare.read_own_labels(table(home, text, **options), None, classes)
+
+
+def saved(home, films, header="image,label,patient", rows=None):
+    """Write films {name: array} as files, and a table; return the settings."""
+    for name, pixels in films.items():
+        (home / "scans" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(home / "scans" / name)
+    names = dict(enumerate(common.CLASS_NAMES))
+    rows = rows or [f"{name},{names[n % 3]},p{n}" for n, name in enumerate(films)]
+    path = table(home, "\n".join([header, *rows]))
+    return {"images": str(home / "scans"), "labels": str(path), "size": "64x64", "folds": 2}
+
+
+def many(**changed):
+    """Return 12 films by name, some of them changed."""
+    return {**{f"f{n:02d}.png": film(n) for n in range(12)}, **changed}
+
+
+# ---------------------------------------------------------------------- A. labels and patients
+
+
+def test_1_digits_count_only_as_0_1_and_2_or_as_classes_says(home, capsys):
+    text = "image,label,patient\na,0,p1\nb,1,p1\nc,1,p2\n"
+    assert '--classes "0=normal' in refused(labels_of, home, text)
+    found = labels_of(home, text, "0=normal,1=malignant")
+    assert found["label"].tolist() == [NORMAL, MALIGNANT, MALIGNANT]
+    assert found["label_name"].tolist() == ["normal", "malignant", "malignant"]
+    words = labels_of(home, text.replace("0", "healthy"), "healthy=Normal, 1=malignant")
+    assert words["label"].equals(found["label"])
+    all_three = labels_of(home, "image,label,patient\na,0.0,p1\nb,1.0,p1\nc,2.0,p2\n")
+    assert all_three["label"].tolist() == [0, 1, 2]
+    assert "0 is taken for benign, 1 for normal, 2 for malignant" in capsys.readouterr().out
+    assert "BI-RADS" in refused(labels_of, home, "image,label\na,1\nb,2\nc,5\n")
+    assert "--classes" in refused(labels_of, home, "image,label\na,cancer\n")
+    assert '"0=normal' in refused(labels_of, home, text, "0=healthy")
+
+
+def test_1_a_second_column_that_names_the_class_may_not_contradict(home):
+    text = "image,label,pathology,patient\na,{},BENIGN,p1\nb,{},MALIGNANT,p1\nc,{},x,p2\n"
+    ours, theirs = (text.format(*codes) for codes in ("021", "120"))
+    assert labels_of(home, ours)["label"].tolist() == [0, 2, 1]
+    assert '"pathology" contradict in line 2' in refused(labels_of, home, theirs)
+
+
+def test_1_two_classes_are_enough_and_the_third_is_said_to_be_absent(home, monkeypatch, capsys):
+    monkeypatch.setattr(network, "resnet18", lambda weights=None: ResNet(BasicBlock, [1] * 4))
+    rows = [f"f{n:02d}.png,{n % 2},p{n}" for n in range(12)]
+    choice = saved(home, many(), rows=rows)
+    run_main("01_prepare_data.py", **choice, classes="0=normal,1=malignant")
+    assert "No film is benign" in capsys.readouterr().out
+    run_main("04_train.py", weights="none", epochs=1, freeze=5, validation=0.5, fold="all")
+    done = run_main("05_evaluate.py", resamples=20)
+    said = capsys.readouterr()
+    assert "No test film is benign" in said.out and not re.search(r"\bnan\b", said.out.lower())
+    assert "RuntimeWarning" not in said.err
+    assert done.metrics["value"]["macro F1"] > 0 and done.claim.notna().all(axis=None)
+
+
+@pytest.mark.parametrize(
+    "name", ["patient_id", "PatientID", "Patient", "subject", "case", "id", "Patient ID"]
+)
+def test_2_a_patient_column_is_known_by_its_usual_names(home, name, capsys):
+    found = labels_of(
+        home, f"File Name,Class,{name},View,Age\na.png,benign,7,L,50\nb,normal,7,R,50"
+    )
+    assert found["patient"].tolist() == ["7", "7"]
+    assert found["laterality"].tolist() == ["left", "right"]
+    said = capsys.readouterr().out
+    assert '"File Name" is taken for image' in said and "not used: Age" in said
+    assert name == "Patient" or f'"{name}" is taken for patient' in said
+
+
+def test_3_a_patient_written_in_two_ways_is_one_and_said(home, capsys):
+    names = ["P01", "p01", "P1", " P1 ", "P10", "007", "7"]
+    rows = "\n".join(f"f{n},normal,{name}" for n, name in enumerate(names))
+    found = labels_of(home, f"image,label,patient\n{rows}")
+    assert found["patient"].tolist() == ["P01"] * 4 + ["P10"] + ["007"] * 2
+    assert "same patients" in capsys.readouterr().err
+
+
+TABLE = "image,label,patient\na,benign,ä\nb,normal,ä\n"
+WRITTEN = {
+    "semicolons": (TABLE.replace(",", ";"), "utf-8"),
+    "tabs": (TABLE.replace(",", "\t"), "utf-8"),
+    "sep=;": ("sep=;\n" + TABLE.replace(",", ";"), "utf-8"),
+    "BOM": (TABLE, "utf-8-sig"),
+    "cp1252": (TABLE, "cp1252"),
+    "UTF-16": (TABLE, "utf-16"),
+    "CR": (TABLE.replace("\n", "\r"), "utf-8"),
+    "CRLF": (TABLE.replace("\n", "\r\n"), "utf-8"),
+    "blank rows and columns": ("\n" + TABLE.replace("\n", ",,\n") + ",,,,\n,,,,\n", "utf-8"),
+    "quotes": (TABLE.replace("a,", '"a",'), "utf-8"),
+}
+
+
+@pytest.mark.parametrize("text, encoding", WRITTEN.values(), ids=WRITTEN)
+def test_4_a_table_is_read_however_it_was_saved(home, text, encoding):
+    found = labels_of(home, text, encoding=encoding)
+    assert found["image"].tolist() == ["a", "b"] and found["patient"].tolist() == ["ä", "ä"]
+
+
+def test_4_lines_are_counted_with_blank_ones_and_a_workbook_is_named(home):
+    text = "\n\nimage,label\n\na,benign\n\nb,what\n"
+    assert "in line 7" in refused(labels_of, home, text)
+    (home / "mine.xlsx").write_bytes(b"PK\3\4")
+    assert "save it as CSV" in refused(prepare.read_own_labels, home / "mine.xlsx")
+
+
+def test_5_films_lie_in_subfolders_and_only_a_known_suffix_is_cut_off(home):
+    films = {
+        "p1/L.png": film(0),
+        "p2/L.png": film(1),
+        "1.3.6.1.4.11.png": film(2),
+        "P1.L.PNG": film(3),
+    }
+    rows = ["p1\\L.png,benign,1", "scans/p2/l,normal,2", "1.3.6.1.4.11,normal,3", "P1.L,benign,4"]
+    choice = saved(home, films, rows=rows)
+    found = prepare.read_own_labels(choice["labels"], home / "scans")
+    assert found["image"].tolist() == ["p1/L", "scans/p2/l", "1.3.6.1.4.11", "P1.L"]
+    paths = prepare.match_films(found, home / "scans")
+    assert {i: p.relative_to(home / "scans").as_posix() for i, p in paths.items()} == {
+        "p1/L": "p1/L.png", "scans/p2/l": "p2/L.png", "1.3.6.1.4.11": "1.3.6.1.4.11.png",
+        "P1.L": "P1.L.PNG",
+    }  # fmt: skip
+    vague = pd.DataFrame({"image": ["L"]})
+    assert "could be meant by L" in refused(prepare.match_films, vague, home / "scans")
+    elsewhere = pd.DataFrame({"image": ["p3/L", "P1.L"]})  # p3/L is neither p1's nor p2's
+    assert set(prepare.match_films(elsewhere, home / "scans")) == {"P1.L"}
+
+
+def test_5_a_folder_for_each_class_needs_no_table(home, capsys):
+    films = {f"{c}/{n}.png": film(n + 10 * k) for k, c in enumerate(("cancer", "Normal"))
+             for n in range(6)}  # fmt: skip
+    saved(home, films)
+    choice = {"images": str(home / "scans"), "size": "64x64", "folds": 2}
+    prepared = prepare_data(**choice, classes="cancer=malignant")
+    assert prepared.source == "own" and len(prepared.films) == 12
+    names = prepared.labels.set_index("image")["label_name"]
+    assert names["cancer/0"] == "malignant" and names["Normal/5"] == "normal"
+    assert "each image counts as its own patient" in capsys.readouterr().err
+    assert "no Info.txt" in refused(prepare_data, **choice)  # cancer is no class
+    (home / "empty").mkdir()
+    (home / "empty" / "thesis.docx").write_bytes(b"")
+    message = refused(prepare_data, images=str(home / "empty"))
+    assert "thesis.docx" in message and ".tiff" in message
+
+
+def test_6_findings_are_circles_or_boxes_and_checked(home):
+    choice = saved(home, many())
+    boxes = "image;x0;y0;x1;y1;severity\nf00.png;20;50;40,0;80;benign\nf02;20;50;40;60;\n"
+    findings = table(home, boxes, name="findings.csv")
+    prepared = prepare_data(**choice, findings=str(findings))
+    rows = prepared.findings[["image", "severity", "x", "y", "radius"]].values.tolist()
+    assert rows == [["f00", "B", 30, 65, 15], ["f02", "M", 30, 55, 10]]
+    assert prepared.findings["canvas_radius"].between(4, 16).all()
+    assert prepared.labels["findings"].tolist() == [1, 0, 1] + [0] * 9
+    for row, what in {"f01,30,60,5,": "contradicts in line 2", "f00,30,60,5,M": "contradicts",
+                      "lost,30,60,5,": "no label in line 2", "f00,30,60,0,": "no circle",
+                      "f00,x,60,3,": "no circle", "f00,30,60,5,4": "severity"}.items():  # fmt: skip
+        findings.write_text(f"image,x,y,radius,severity\n{row}\n")
+        assert what in refused(prepare_data, **choice, findings=str(findings)), row
+    findings.write_text("image,x,y,radius\nf00,500,60,5\n")
+    assert prepare_data(**choice, findings=str(findings)).findings["radius"].isna().all()
+
+
+# ---------------------------------------------------------------------- B. orientation
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_7_exif_orientation_is_obeyed(home, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    Image.fromarray(np.rot90(film()).copy()).save(home / f"a.{suffix}", exif=exif)
+    difference = common.read_film(home / f"a.{suffix}").astype(int) - film()
+    assert np.abs(difference).max() <= (60 if suffix == "jpg" else 0)
+    assert np.abs(difference).mean() < 3
+
+
+def test_8_a_side_that_contradicts_the_film_is_named_and_a_swapped_column_too(home, capsys):
+    header, names = "image,label,patient,side", ("benign", "normal", "malignant")
+    for wrong in (1, 12):
+        rows = [f"f{n:02d},{names[n % 3]},p{n},{'R' if n < wrong else 'Left'}" for n in range(12)]
+        prepare_data(**saved(home, many(), header, rows))
+        said = capsys.readouterr().err
+        assert f"{wrong} of 12 films, called right, but the breast lies on the other side" in said
+        assert ("probably swapped" in said) == (wrong == 12)
+    changed = {"Read the labels": "labels['laterality'] = 'L'"}  # typed in a cell
+    assert set(prepare_data(changed, **saved(home, many())).labels["laterality"]) == {"left"}
+    changed = {"Read the labels": "labels['laterality'] = 'up'"}
+    assert "laterality up" in refused(prepare_data, changed, **saved(home, many()))
+
+
+def test_9_what_is_turned_upside_down_or_double_is_named():
+    upright, right = common.phantom_film(0, 2, 256)[0], common.phantom_film(0, 1, 256)[0]
+    assert prepare.oddities(upright, "left") == prepare.oddities(right, "") == []
+    for picture, what in [
+        (np.rot90(upright), "turned by 90"), (np.rot90(upright, 3), "turned by 90"),
+        (upright[::-1], "upside down"), (np.hstack([right, upright]), "both breasts"),
+        (np.hstack([upright, right]), "both breasts"),
+    ]:  # fmt: skip
+        assert what in " ".join(prepare.oddities(np.ascontiguousarray(picture), "")), what
+
+
+# ---------------------------------------------------------------------- C. grey values
+
+
+def deep(pixels, depth):
+    """Return an 8-bit film in another depth, uint16."""
+    return np.rint(pixels / 255 * (2**depth - 1)).astype(np.uint16)
+
+
+def test_10_the_grey_scale_is_the_sets_and_hangs_on_no_pixel(home):
+    films = {f"f{n:02d}.png": deep(film(n), 12) for n in range(12)}
+    films["f01.png"][5, 120], films["f02.png"][5, 120] = 4096, 65535
+    films["f03.png"] //= 4  # a faint film stays faint
+    prepared = prepare_data(**saved(home, films))
+    assert set(prepared.table["bits"]) == {12}
+    for n in range(12):
+        canvas, _, _ = prepare.place_film(film(n) // (4 if n == 3 else 1), "left", (64, 64))
+        assert np.abs(canvas.astype(int) - prepared.films[n])[2:, 2:].mean() < 1.5, n
+    for top in (4095, 4096, 65535):  # one film alone, as step 5 reads it
+        films["f00.png"][5, 120] = top
+        Image.fromarray(films["f00.png"]).save(home / "a.png")
+        assert np.abs(common.read_film(home / "a.png").astype(int) - film())[:, :100].max() <= 1
+
+
+def test_11_16_bits_in_several_channels_are_refused(home):
+    def chunk(kind, data):
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    rows = b"".join(b"\0" + np.full(24, n, ">u2").tobytes() for n in range(8))
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)  # 16 bits, RGB
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows))
+    (home / "a.png").write_bytes(png + chunk(b"IEND", b""))
+    assert "16 bits in several channels" in refused(common.read_film, home / "a.png")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_12_what_is_transparent_is_black(home, mode):
+    picture = Image.fromarray(np.where(film() > 0, film(), 255).astype(np.uint8)).convert(mode)
+    picture.putalpha(Image.fromarray((film() > 0).astype(np.uint8) * 255))
+    picture.save(home / "a.png")
+    assert np.array_equal(common.read_film(home / "a.png"), film())
+
+
+def test_13_white_is_zero_of_16_bits_is_inverted(home):
+    Image.fromarray(4095 - deep(film(), 12)).save(home / "a.tif", tiffinfo={262: 0})
+    assert np.abs(common.read_film(home / "a.tif").astype(int) - film()).max() <= 1
+
+
+def test_13_signed_and_float_pixels_start_at_black(home, capsys):
+    Image.fromarray(film().astype(np.int32) * 100 - 3000).save(home / "a.tif")
+    found = common.read_film(home / "a.tif").astype(float)
+    assert np.corrcoef(found.flat, film().flat)[0, 1] > 0.999 and found.min() == 0
+    assert "below zero" in capsys.readouterr().err
+    Image.fromarray((film() / 255).astype(np.float32)).save(home / "b.tif")
+    assert np.abs(common.read_film(home / "b.tif").astype(int) - film()).max() <= 1
+
+
+def test_14_a_negative_is_inverted_and_named(home, capsys):
+    Image.fromarray(255 - film()).save(home / "a.png")
+    assert np.array_equal(common.read_film(home / "a.png"), film())
+    assert "taken for a negative" in capsys.readouterr().err
+
+
+def test_15_of_several_pages_the_largest_is_read_and_named(home, capsys):
+    small = Image.fromarray(film()).resize((32, 32))
+    small.save(home / "a.tif", save_all=True, append_images=[Image.fromarray(film())])
+    assert np.array_equal(common.read_film(home / "a.tif"), film())
+    assert "2 pages" in capsys.readouterr().err
+
+
+def test_16_films_unlike_their_set_tiny_ones_and_few_grey_levels_are_named(home, capsys):
+    tiny = np.asarray(Image.fromarray(film(6)).resize((48, 48)))
+    films = many(**{"f05.png": film(5) // 4, "f06.png": tiny, "f07.png": film(7) // 16 * 16})
+    prepare_data(**saved(home, films))
+    said = capsys.readouterr().err
+    assert "films are unlike the others of their set: f05" in said
+    assert "less than 64 px high or wide: f06" in said and "fewer than 32 grey levels: " in said
+
+
+@pytest.mark.parametrize("noise", [0, 3])
+@pytest.mark.parametrize("radius", [0.12, 0.2, 0.3])
+def test_17_an_implant_costs_no_tissue(noise, radius):
+    y, x = np.mgrid[:256, :256] / 256
+    inside = np.hypot(x / 0.55, (y - 0.5) / 0.4) < 1
+    implant = np.hypot((x - 0.15) / radius, (y - 0.5) / radius) < 1
+    picture = np.where(implant, 240, np.where(inside, 22, 0))
+    picture += np.random.default_rng(0).integers(0, noise + 1, inside.shape)
+    mask = prepare.find_breast(picture.clip(0, 255).astype(np.uint8), "left")
+    assert mask[inside].mean() > 0.97
+
+
+# ---------------------------------------------------------------------- DICOM
+
+
+def dicom(path, pixels, bits=12, **tags):
+    """Write a DICOM film of its own making."""
+    pydicom = pytest.importorskip("pydicom")
+    header = pydicom.dataset.FileMetaDataset()
+    header.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    header.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1.2"
+    header.MediaStorageSOPInstanceUID = "1.2.3"
+    data = pydicom.dataset.FileDataset(str(path), {}, file_meta=header, preamble=b"\0" * 128)
+    data.Rows, data.Columns = pixels.shape
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.BitsAllocated = pixels.dtype.itemsize * 8
+    data.BitsStored, data.HighBit = bits, bits - 1
+    data.PixelRepresentation = int(pixels.dtype.kind == "i")
+    data.PixelData = pixels.tobytes()
+    for name, value in tags.items():
+        setattr(data, name, value)
+    data.save_as(str(path))
+    return path
+
+
+WINDOWED = {
+    "plain": (lambda p: p, {}),
+    "window": (lambda p: p // 2 + 500, {"WindowCenter": 500 + 1024, "WindowWidth": 2048}),
+    "MONOCHROME1": (lambda p: 4095 - p, {"PhotometricInterpretation": "MONOCHROME1"}),
+    "INVERSE": (lambda p: 4095 - p, {"PresentationLUTShape": "INVERSE"}),
+    "negative slope": (lambda p: 4095 - p, {"RescaleSlope": -1, "RescaleIntercept": 4095}),
+    "padding": (lambda p: np.where(p == 0, 4095, p), {"PixelPaddingValue": 4095}),
+    "signed": (lambda p: (p.astype(int) - 2048).astype(np.int16), {}),
+}
+
+
+@pytest.mark.parametrize("change, tags", WINDOWED.values(), ids=WINDOWED)
+def test_13_and_18_a_dicom_film_is_read_as_its_header_says(home, change, tags):
+    path = dicom(home / "a.dcm", np.asarray(change(deep(film(), 12))), **tags)
+    assert np.abs(common.read_film(path).astype(int) - film()).max() <= 2
+
+
+def test_18_what_cannot_be_read_of_a_dicom_film_is_one_message(home, monkeypatch):
+    pixels = deep(film(), 12)
+    (home / "text.dcm").write_text("no DICOM")
+    frames = dicom(home / "frames.dcm", np.vstack([pixels, pixels]), Rows=128, NumberOfFrames=2)
+    lossless = dicom(home / "jpeg.dcm", pixels)
+    raw = lossless.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.4.70"[:20])
+    lossless.write_bytes(raw)
+    nothing = dicom(home / "nothing.dcm", pixels, PixelData=b"")
+    for path in (home / "text.dcm", frames, lossless, nothing):
+        message = refused(common.read_film, path)
+        assert str(path) in message and "export a PNG" in message and len(message) < 700
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    assert "pip install pydicom" in refused(common.read_film, frames)
+
+
+def test_18_patient_and_side_come_from_the_header_if_the_table_has_none(home):
+    (home / "scans").mkdir()
+    for n in range(12):
+        header = {"PatientID": f"P{n // 2}", "ImageLaterality": "LR"[n % 2]}
+        dicom(home / "scans" / f"{n}.dcm", deep(film(n, ("left", "right")[n % 2]), 12), **header)
+    rows = [f"{n},{('normal', 'malignant')[n // 2 % 2]}" for n in range(12)]
+    prepared = prepare_data(**saved(home, {}, "image,label", rows))
+    assert prepared.labels.set_index("image")["patient"].to_dict() == {
+        str(n): f"P{n // 2}" for n in range(12)
+    }
+    assert set(prepared.labels["laterality"]) == {"left", "right"}
+
+
+# ---------------------------------------------------------------------- D. weights of a run
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Let the network be a small one."""
+    monkeypatch.setattr(network, "resnet18", lambda weights=None: ResNet(BasicBlock, [1] * 4))
+    monkeypatch.setattr(common, "show", lambda figure, path=None: training.plt.close(figure))
+
+
+def test_19_other_networks_are_refused_and_wrappers_taken_off(home, small):
+    state = ResNet(BasicBlock, [1] * 4).state_dict()
+    for wrapped in (
+        {"state_dict": state}, {"model": {f"module.{k}": v for k, v in state.items()}},
+        {f"backbone.{k}": v for k, v in state.items()},
+    ):  # fmt: skip
+        torch.save(wrapped, home / "a.pth")
+        model, _ = network.build_model(str(home / "a.pth"))
+        assert torch.equal(model.backbone.conv1.weight, state["conv1.weight"])
+    torch.save(ResNet(BasicBlock, [2] * 4).state_dict(), home / "a.pth")
+    assert "unknown" in refused(network.build_model, str(home / "a.pth"))
+
+
+def test_20_a_run_begins_with_another_and_a_leak_is_refused(home, small, capsys):
+    quick = {"epochs": 1, "freeze": 4}
+    settings = {"patients": 24, "phantom_size": 128, "size": "64x64", "folds": 3}
+    conftest.prepare_data(source="phantom", **settings)
+    first = run_main("04_train.py", run="first", weights="none", **quick)
+    own = prepare_data(**saved(home, many()))
+    assert own.source == "own"
+    second = run_main("04_train.py", run="second", source="own", weights="first", validation=0.5,
+                      **quick)  # fmt: skip
+    assert "fold 0 of run first (phantom; none" in capsys.readouterr().out
+    begun = second.beginning[0][0].state_dict()
+    before = first.model.state_dict()
+    assert all(torch.equal(begun[name].cpu(), before[name].cpu()) for name in before)
+    record = common.read_json(second.run_folder / "settings.json")
+    assert record["weights_used"].startswith("run first (phantom; none")
+    # back to the phantoms: fold 0 is the one that nothing saw, fold 1 was trained on
+    back = run_main("04_train.py", run="back", source="phantom", weights="second", **quick)
+    assert back.record["weights_used"].count("run ") == 2
+    with pytest.raises(common.UserError, match="test films of fold 1.*know the answers"):
+        run_main("04_train.py", run="leak", source="phantom", weights="second", fold=1, **quick)
+    file = str(common.runs_dir("first/fold-0/best.pt"))
+    with pytest.raises(common.UserError, match="test films of fold 1"):
+        run_main("04_train.py", run="leak", source="phantom", weights=file, fold="0,1", **quick)
+    # the same films under other names and another source: told by their digests
+    copies = {f"c{n}.png": np.asarray(Image.open(common.data_dir("phantom") / "raw" /
+              f"mdb{n:03d}.pgm")) for n in range(1, 49)}  # fmt: skip
+    labels = common.load_prepared("phantom").labels["label_name"]
+    rows = [f"c{n},{labels[n - 1]},q{(n - 1) // 2}" for n in range(1, 49)]
+    for path in (home / "scans").iterdir():
+        path.unlink()
+    prepare_data(**{**saved(home, copies, rows=rows), "folds": 3})
+    with pytest.raises(common.UserError, match="know the answers"):
+        run_main("04_train.py", run="leak", source="own", weights="first", fold=0, **quick)
+
+
+# ---------------------------------------------------------------------- E. the rest
+
+
+def test_21_and_22_values_typed_in_a_cell_patterns_and_folders(home, monkeypatch):
+    assert prepare.canvas_size((512, 288), "own") == prepare.canvas_size("512x288", "own")
+    folds = pd.DataFrame({"fold": [0, 1, 2]})
+    assert training.data.named_folds(1, folds) == [1]
+    monkeypatch.setenv("HOME", str(home))
+    saved(home, {"a.png": film(), "b/c.png": film(1)})
+    scans = home / "scans"
+    assert common.named_films(str(scans / "a.png")) == common.named_films(scans / "a.png")
+    assert common.named_films("~/scans") == [scans / "a.png", scans / "b" / "c.png"]
+    assert common.named_films(["~/scans/*.png"]) == [scans / "a.png"]
+    (home / "empty").mkdir()
+    assert ".tiff" in refused(common.named_films, str(home / "empty"))
+    torch.save(ResNet(BasicBlock, [1] * 4).state_dict(), home / "net.pth")
+    assert common.weights_file("~/*.pth") == common.weights_file("~/net.pth") == home / "net.pth"
+
+
+def test_23_a_message_is_short_however_much_is_wrong(home):
+    rows = "\n".join(f"f{n},what{n},p" for n in range(5000))
+    assert len(refused(labels_of, home, f"image,label,patient\n{rows}")) < 700
+    choice = saved(home, {"a.png": film()}, rows=[f"f{n},normal,p{n}" for n in range(5000)])
+    assert len(refused(prepare_data, **choice)) < 700
+
+
+def test_25_whole_images_of_another_modality_and_masks_left_out(home, small, capsys):
+    rng = np.random.default_rng(0)
+    films = {f"s{n:02d}.png": rng.integers(20, 250, (90, 120), np.uint8) for n in range(12)}
+    masks = {f"s{n:02d}_mask.png": np.eye(90, dtype=np.uint8) * 255 for n in range(3)}
+    choice = saved(
+        home,
+        {**films, **masks},
+        rows=[f"s{n:02d},{('benign', 'normal', 'malignant')[n % 3]},p{n}" for n in range(12)],
+    )
+    findings = table(home, "image,x,y,radius\ns00,100,10,4\n", name="findings.csv")
+    prepared = prepare_data(**choice, crop="none", findings=str(findings))
+    said = capsys.readouterr()
+    assert "3 files called ..._mask are left out" in said.out and "turned" not in said.err
+    assert not prepared.table["mirrored"].any()
+    shrunk = np.asarray(Image.fromarray(films["s00.png"]).resize((64, 48), Image.BILINEAR))
+    assert np.abs(prepared.films[0][:48].astype(int) - shrunk).max() <= 1
+    assert prepared.findings["canvas_x"].between(53, 54).all()
+    run_main("04_train.py", weights="none", epochs=1, freeze=5, validation=0.5)
+    own = run_main("05_evaluate.py", image=str(home / "scans" / "s00.png")).own
+    assert own["p_benign"].between(0, 1).all()
+
+
+def test_of_48_films_eight_bad_ones_are_read_right_or_named(home, capsys):
+    common.make_phantoms(_made(home / "raw"), 24, 0, 256)
+    labels, _ = prepare.read_mias(home / "raw", None)
+    scans = _made(home / "scans")
+    right = {i: np.asarray(Image.open(home / "raw" / f"{i}.pgm")) for i in labels["image"]}
+    for image, pixels in right.items():
+        Image.fromarray(deep(pixels, 12)).save(scans / f"{image}.png")
+    bad = [f"mdb{n:03d}" for n in range(1, 9)]
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(right[bad[0]][::-1, ::-1].copy()).save(scans / f"{bad[0]}.png", exif=exif)
+    rgba = Image.fromarray(np.maximum(right[bad[1]], 1)).convert("RGBA")
+    rgba.putalpha(Image.fromarray((right[bad[1]] > 12).astype(np.uint8) * 255))
+    rgba.save(scans / f"{bad[1]}.png")
+    Image.fromarray(255 - right[bad[2]]).save(scans / f"{bad[2]}.png")
+    for image, top in ((bad[3], 65535), (bad[4], 4096)):
+        hot = deep(right[image], 12)
+        hot[100, 100] = top
+        Image.fromarray(hot).save(scans / f"{image}.png")
+    Image.fromarray(np.hstack([right[bad[5]], right[bad[4]]])).save(scans / f"{bad[5]}.png")
+    Image.fromarray(right[bad[6]]).resize((40, 40)).save(scans / f"{bad[6]}.png")
+    (scans / f"{bad[7]}.png").unlink()
+    Image.fromarray(4095 - deep(right[bad[7]], 12)).save(scans / f"{bad[7]}.tif", tiffinfo={262: 0})
+    common.write_csv(labels, home / "mine.csv")
+    mine = {"images": str(scans), "labels": str(home / "mine.csv"), "size": "128x72"}
+    prepared, said = prepare_data(**mine), capsys.readouterr().err
+    index = {image: n for n, image in enumerate(prepared.labels["image"])}
+    for image in set(right) - {bad[5], bad[6]}:
+        side = labels.set_index("image")["laterality"][image]
+        canvas = prepare.place_film(right[image], side, (128, 72))[0].astype(int)
+        assert np.abs(canvas - prepared.films[index[image]]).mean() < 4, image
+    for image, what in {bad[2]: "negative", bad[5]: "both breasts", bad[6]: "64 px"}.items():
+        assert any(what in line and image in line for line in said.splitlines()), said
+
+
+def _made(folder):
+    folder.mkdir()
+    return folder
