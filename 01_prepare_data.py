@@ -1019,6 +1019,7 @@ def scratch_array(shape, folder):
 
 
 if __name__ == "__main__":
+    common.check_settings(settings, "01_prepare_data.py")
     target = common.data_dir(source)
     sides = dict(zip(labels["image"], sides_of(labels["laterality"])))
     files = [(image, sides[image], path.name) for image, path in paths.items()]

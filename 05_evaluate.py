@@ -383,12 +383,12 @@ if __name__ == "__main__" and judging:
         predictions["patient"], predictions["fold"], settings.resamples, settings.seed
     )
     metrics = summarise(measure(predictions, recalled, draws), settings.resamples)
-    known = metrics["value"].notna()
-    common.table(metrics[known].round(3), f"test metrics, 95 % intervals over patients; {scope}")
+    defined = metrics["value"].notna()
+    common.table(metrics[defined].round(3), f"test metrics, 95 % intervals over patients; {scope}")
     absent = [c for code, c in enumerate(CLASS_NAMES) if code not in set(predictions["label"])]
     if absent:
         print(f"No test film is {' or '.join(absent)}, so that these say nothing and are left out: "
-              f"{common.listing(metrics.index[~known], 20)}")  # fmt: skip
+              f"{common.listing(metrics.index[~defined], 20)}")  # fmt: skip
     if len(fold_models) < judged_record["data"]["folds"]:
         print("Not all folds are trained: a figure for the whole database needs --fold all.")
 
@@ -933,7 +933,7 @@ if __name__ == "__main__" and judging:
     )  # fmt: skip
     sections = [f"<h1>{html.escape(judged_run.name)}</h1>", card]
     for title, frame in {
-        "Metrics": metrics[known], "Without and with the other breast": other_breast,
+        "Metrics": metrics[defined], "Without and with the other breast": other_breast,
         "Beside the claim": claim, "Classification report": report, "Thresholds": thresholds,
         "Chosen on validation": chosen_on_validation, "Calibration": calibration,
         "By group": groups, "Pointing game": pointing,

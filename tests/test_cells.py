@@ -20,7 +20,7 @@ CLOSED = "http://127.0.0.1:9"  # nobody listens there, so contact fails at once
 TINY = "settings.patients = 24; settings.phantom_size = 256; settings.size = '128x72'"
 STEPS = {  # figures, tables, and what a user in a hurry types after running the settings cell
     "01_prepare_data.py": (3, "labels findings splits", "settings.source = 'phantom'; " + TINY),
-    "02_dataset.py": (3, "parts_mix statistics", ""),
+    "02_dataset.py": (3, "parts_mix", ""),
     "03_model.py": (1, "layers output", ""),
     "04_train.py": (1, "history", "settings.epochs = 1"),
     "05_evaluate.py": (7, "predictions metrics report groups thresholds calibration points", ""),

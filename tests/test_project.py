@@ -166,6 +166,13 @@ def user(tmp_path_factory):
                 os.utime(shutil.copy(path, copy), (0, 0))  # not the newest run
         mine = pd.read_csv(folder / "data" / "phantom" / "labels.csv")
         mine[["image", "label", "patient", "laterality"]].to_csv("mine.csv", index=False)
+        cancer = mine.assign(label=(mine["label"] == common.MALIGNANT).astype(int))
+        cancer[["image", "label", "patient"]].to_csv("cancer.csv", index=False)
+        boxes = pd.read_csv(folder / "data" / "phantom" / "findings.csv").dropna()
+        for side, sign in {"0": -1, "1": 1}.items():
+            boxes["x" + side] = boxes["x"] + sign * boxes["radius"]
+            boxes["y" + side] = boxes["y"] + sign * boxes["radius"]
+        boxes[["image", "x0", "y0", "x1", "y1"]].to_csv("boxes.csv", index=False)
         shutil.copytree(folder / "data" / "phantom" / "raw", "scans")
         for name, number in {"film": 2, "left": 2, "right": 1}.items():
             Image.open(folder / "scans" / f"mdb{number:03d}.pgm").save(f"{name}.png")

@@ -212,7 +212,7 @@ def repeated(prepared, count, size, home):
     tables = {"films.csv": copied(prepared.table)[:count], "labels.csv": labels,
               "findings.csv": findings, "splits.csv": splits}  # fmt: skip
     source = f"repeated-{count}-{size[0]}x{size[1]}"
-    state = {"films": count, "size": size, "split_seed": 0, "note": ""}
+    state = {"films": count, "size": size, "crop": "breast", "split_seed": 0, "note": ""}
     prepare.save(home / source, films(), tables, state)
     with below(home):
         return common.load_prepared(source)
