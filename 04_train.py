@@ -508,11 +508,11 @@ def take_up(state, folder):
 
 
 # %% A new run: a folder whose name is free and leads nowhere else
-# Nothing is overwritten unasked. Without --run the name is source, recipe and the next free number.
+# Nothing is overwritten unasked, and no name leads out of runs/. Without --run the name is source,
+# recipe and the next free number.
 def new_run(plan, prepared):
     """Return the folder of a new run; UserError if the name is taken or leads elsewhere."""
-    allowed = all(c.isalnum() or c in "-_. " for c in plan.run)
-    if not allowed or plan.run != plan.run.strip(". "):  # ".." leads out of runs/
+    if plan.run.strip(". ") != plan.run or not all(c.isalnum() or c in "-_. " for c in plan.run):
         raise UserError(
             f"--run {plan.run!r}: letters, digits, and inside also blank, '-', '_' and '.'"
         )

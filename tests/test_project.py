@@ -207,7 +207,7 @@ def test_a_command_of_the_readme_runs(command, user, tmp_path, monkeypatch):
     left = next((LEFT[word] for word in arguments if word in LEFT), left)
     if script == "01_prepare_data.py":  # the others go on with what is prepared
         monkeypatch.setenv("BCD_DATA_DIR", str(tmp_path / "data"))
-    elif script == "04_train.py" and "--resume" not in arguments:
+    elif script == "04_train.py" and not {"--resume", "--weights"} & {*arguments}:
         monkeypatch.setenv("BCD_RUNS_DIR", str(tmp_path / "runs"))
     start = time.time_ns()
     call(script, *arguments)
