@@ -346,7 +346,8 @@ def measure(predictions, recalled, weights):
                   "balanced accuracy": np.nanmean(recall, 1), "macro F1": f1.mean(1)}  # fmt: skip
         for code, name in enumerate(CLASS_NAMES):
             values[f"{name} recall"] = recall[:, code]
-            values[f"{name} precision"] = np.nan_to_num(precision[:, code])
+            named = np.nan_to_num(precision[:, code])  # 0 if no film is called so
+            values[f"{name} precision"] = np.where(recall[0, code] >= 0, named, np.nan)
         one, rest = label == MALIGNANT, label != MALIGNANT
         values["AUC malignant"] = weighted_auc(p[:, MALIGNANT], one, rest, weights)
         abnormal, normal = label != NORMAL, label == NORMAL
@@ -406,9 +407,11 @@ if __name__ == "__main__" and judging:
         by_library["AUC malignant"] = roc_auc_score(label == MALIGNANT, predictions["p_malignant"])
     check = pd.DataFrame({"scikit-learn": by_library}).assign(reported=metrics["value"])
     assert np.allclose(check["scikit-learn"], check["reported"], atol=1e-5), check
+    there = np.unique(label)
     report = classification_report(
-        label, named, labels=range(3), target_names=CLASS_NAMES, output_dict=True, zero_division=0
-    )
+        label, named, labels=there, target_names=np.take(CLASS_NAMES, there), output_dict=True,
+        zero_division=0,
+    )  # fmt: skip
     report = pd.DataFrame(report).T
     common.table(report.round(3), f"classification report; {scope}")
 

@@ -28,6 +28,12 @@ prepare = importlib.import_module("01_prepare_data")
 SMALL = {"source": "phantom", "patients": 24, "phantom_size": 256, "size": "128x72"}
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that both workers end together."""
+    longest = ["test_cells.py", "test_train.py", "test_prepare.py", "test_benchmarks.py"]
+    items.sort(key=lambda item: (*longest, item.path.name).index(item.path.name))
+
+
 def flags(**settings):
     """Write settings as a command line; True is a flag alone."""
     words = []

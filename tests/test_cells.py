@@ -23,7 +23,11 @@ STEPS = {  # figures, tables, and what a user in a hurry types after running the
     "02_dataset.py": (3, "parts_mix", ""),
     "03_model.py": (1, "layers output", ""),
     "04_train.py": (1, "history", "settings.epochs = 1"),
-    "05_evaluate.py": (7, "predictions metrics report groups thresholds calibration points", ""),
+    "05_evaluate.py": (
+        7,
+        "predictions metrics report groups thresholds calibration points",
+        "settings.resamples = 100",
+    ),
 }
 OTHERS = {"prepared": "Prepared", "dataset": "MammogramDataset", "parts": "dict",
           "run_folder": type(PROJECT).__name__}  # fmt: skip
@@ -358,7 +362,10 @@ def test_labels_filtered_between_two_cells_are_what_is_prepared_and_trained_on(
     with undrawn(kernel, project, tmp_path):
         left = prepare_fatty(kernel, project / "01_prepare_data.py", console)
         assert left == [32, "labels edited, 32 of 96"]
-        for step, console in {"04_train.py": few, "05_evaluate.py": ""}.items():
+        for step, console in {
+            "04_train.py": few,
+            "05_evaluate.py": STEPS["05_evaluate.py"][2],
+        }.items():
             assert failures(run_cells(kernel, project / step, console=console)) == []
         assert kernel.get("[len(predictions), judged_record['data']['films']]") == [16, 32]
         assert kernel.get("set(predictions['image']) <= set(run_data.labels['image'])") is True

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import PROJECT, bayes, beside, fitted, prepare_data, run_main, run_script
+from conftest import PROJECT, bayes, beside, fitted, prepare_data, run_main
 from PIL import Image
 from sklearn import metrics as sk
 from torch.nn import functional as F
@@ -792,5 +792,5 @@ def test_pair_that_is_none_is_refused_or_warned_of(read, run, own, capsys):
 def test_file_that_is_no_film_ends_with_status_1_and_one_message(own):
     notes, gone = own.folder / "notes.txt", own.folder / "gone.png"
     notes.write_text("not a film")
-    assert str(notes) in refusal(run_script("05_evaluate.py", "--run", "cv", "--image", notes))
+    assert str(notes) in refusal(command("--run", "cv", "--image", notes))
     assert f"{gone} is not there" in refusal(command("--run", "cv", "--image", gone))

@@ -469,7 +469,7 @@ start = time.time()
 life("whole", 1e9, False)
 span, number = time.time() - start, 0
 random.seed(0)
-while counts["kills"] < 12 and time.time() - start < 200:
+while counts["kills"] < 10 and time.time() - start < 200:
     name = f"killed-{counts['finished']}"
     counts["finished"] += life(name, random.uniform(0.1, 0.7) * span, counts["lives"] % 2 == 0)
 name = f"killed-{counts['finished']}"
@@ -488,7 +488,7 @@ def test_run_killed_at_random_moments_ends_as_if_it_had_never_been(tiny):
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout.splitlines()[-1])
     print(counts)
-    assert counts["kills"] >= 12 and counts["resumes"] >= 6 and counts["in_writes"] >= 2, counts
+    assert counts["kills"] >= 10 and counts["resumes"] >= 5 and counts["in_writes"] >= 2, counts
     assert counts["failed"] == 0, done.stderr
     whole, mismatches, leftovers = common.runs_dir("whole"), [], []
     for number in range(counts["finished"]):
@@ -681,7 +681,7 @@ def test_bf16_trains_and_is_recorded(tiny):
 
 
 def test_command_prints_a_line_an_epoch_and_names_the_run_and_the_next_command(tiny, home):
-    done = conftest.run_script("04_train.py", "--epochs", 2, "--weights", "none")
+    done = conftest.run_script("04_train.py", "--epochs", 2, "--weights", "none", "--freeze", 5)
     assert done.returncode == 0, done.stderr
     assert "\r" not in done.stdout
     assert len(re.findall(r"^fold 0 epoch .*val loss", done.stdout, re.MULTILINE)) == 2
