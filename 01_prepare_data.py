@@ -126,7 +126,9 @@ def unpack(archive, folder):
         kept = path.suffix.lower() in (*common.FILM_SUFFIXES, ".txt")
         if kept and not path.name.startswith("."):  # macOS adds ._mdb001.pgm
             if path.exists():
-                raise ValueError(f"it holds {path.name} twice")
+                raise ValueError(
+                    f"it holds {path.name} twice; unpack it, and name that with --images"
+                )
             with open(path, "wb") as file, stream() as data:
                 shutil.copyfileobj(data, file)
     if not common.film_paths(folder):
@@ -336,13 +338,16 @@ def read_own_table(path):
     first = next((n for n, line in enumerate(lines) if line.strip(" \t,;\"'")), 0)
     separator = re.fullmatch(r"\W*sep=(.)\W*", lines[first]) if lines else None
     first += bool(separator)  # Excel's own line
-    header = lines[first] if first < len(lines) else ""
+    if first >= len(lines):
+        raise UserError(f"{path} has no rows")
+    header = lines[first]
     comma = separator[1] if separator else max(",;\t|", key=header.count)
+    most = max((line.count(comma) for line in lines[first:]), default=0) + 1
     try:
         table = pd.read_csv(
             io.StringIO("\n".join(lines[first:])),
             sep=comma,
-            header=None,
+            names=range(most),  # a row may have more than the header
             dtype=str,
             keep_default_na=False,
             skip_blank_lines=False,
@@ -357,6 +362,10 @@ def read_own_table(path):
                                                   for k, n in enumerate(names)]]  # fmt: skip
     if table.empty:
         raise UserError(f"{path} has no rows below its header ({common.listing(names)})")
+    if "" in list(table):
+        more = table.index[(table.loc[:, [n == "" for n in table]] != "").any(axis=1)]
+        raise UserError(f"{path} cannot be read: more values than names of columns ("
+                        f"{common.listing(names)}) in line {common.listing(more)}")  # fmt: skip
     return table
 
 
@@ -364,10 +373,10 @@ def read_own_table(path):
 # A column may be called PatientID, patient or case. What is taken for what, and what is not used,
 # is said: a patient column that is overlooked would put films of a patient on both sides.
 COLUMNS = {  # in small letters, without blanks and signs; the first that is there is taken
-    "image": "image file filename filepath path film imageid imagename imagefile imagepath",
+    "image": "image file filename filepath path film imageid imagename imagefile imagefilepath",
     "label": "label labelname class classname pathology diagnosis",
     "patient": "patient patientid subject subjectid case caseid id",
-    "laterality": "laterality imagelaterality side breast view",
+    "laterality": "laterality imagelaterality side breast leftorrightbreast view",
 }
 
 
@@ -442,7 +451,11 @@ def checked_labels(table, rest, classes, path):
 # patients taken for one would do no harm.
 def same_patients(names):
     """Return patients' names (Series of text) in one spelling each; say what was merged."""
-    key = names.str.lower().str.replace(r"\s|(?<!\d)0+(?=\d)", "", regex=True)
+    key = names.str.lower().str.replace(r"\s|(?<!\d)0+(?=\d)|\.0+$", "", regex=True)
+    missing = key.str.fullmatch(r"n/?a|nan|none|null|unknown|\W+")
+    if missing.any():
+        common.warn(f"{missing.sum()} films of patient {common.listing(names[missing].unique())} "
+                    "count as one patient; are these missing values?")  # fmt: skip
     merged = names.groupby(key).transform("first")
     several = sorted(set(names[merged != names]) | set(merged[merged != names]))
     if several:
@@ -571,10 +584,10 @@ def read_own_labels(path, folder=None, classes=""):
         lines = common.listing(table.index[table["patient"] == ""])
         raise UserError(f"{path}: no patient in line {lines}; fill the column or leave it out")
     if "patient" not in table or len(table) > 2 and table["patient"].is_unique:
-        what = "each image has a patient of its own" if "patient" in table else "no patient column"
+        what = "all patients are different" if "patient" in table else "no patient column"
         common.warn(
-            f"{path}: {what}: each image counts as its own patient. If some patients have several "
-            "films, name them in a column patient, or films of one land on both sides of the split"
+            f"{path}: {what}, so each image counts as its own patient. If some have several films, "
+            "name them in a column patient, or films of one land on both sides of the split"
         )
     patient = same_patients(table["patient"]) if "patient" in table else table["image"]
     side = sides_of(table.get("laterality", pd.Series("", table.index)), path)
@@ -934,7 +947,8 @@ def oddities(film, laterality):
 def say_oddities(films):
     """Warn of what was noted of films (a DataFrame with image and note), a line for each kind."""
     notes = films.set_index("image")["note"].str.split("; ").explode()
-    for note, part in notes[notes.fillna("") != ""].groupby(notes):
+    notes = notes[notes.fillna("") != ""]
+    for note, part in notes.groupby(notes.to_numpy()):
         swapped = "called" in note and len(part) > len(films) / 4  # of either side
         hint = "; the column laterality is probably swapped" if swapped else ""
         common.warn(

@@ -455,7 +455,10 @@ def read_film(path, bits=None, notes=None):
             raise
         raise UserError(f"{path} cannot be decoded ({error}); copy it from the source") from None
     if pixels.dtype != np.uint8:
-        white = 2 ** (depth or bits or bits_in_use(bit_lengths(pixels))) - 1
+        used = bits_in_use(bit_lengths(pixels))
+        if not depth and bits and used < bits - 2:
+            said.append(f"has only {used} of the {bits} bits of the set, so that it is dark")
+        white = 2 ** (depth or bits or used) - 1
         pixels = (pixels.clip(0, white) * (255 / white) + 0.5).astype(np.uint8)
     bright = (pixels >= 240).mean()
     if 0.2 < bright < 0.95 and bright > 2 * (pixels <= 15).mean():  # at most 0.18 on a film of MIAS

@@ -117,6 +117,8 @@ def test_3_a_patient_written_in_two_ways_is_one_and_said(home, capsys):
     found = labels_of(home, f"image,label,patient\n{rows}")
     assert found["patient"].tolist() == ["P01"] * 4 + ["P10"] + ["007"] * 2
     assert "same patients" in capsys.readouterr().err
+    labels_of(home, "image,label,patient\na,benign,NA\nb,normal,NA\nc,normal,2.0\nd,normal,2")
+    assert "2 films of patient NA count as one" in capsys.readouterr().err
 
 
 TABLE = "image,label,patient\na,benign,ä\nb,normal,ä\n"
@@ -130,6 +132,7 @@ WRITTEN = {
     "CR": (TABLE.replace("\n", "\r"), "utf-8"),
     "CRLF": (TABLE.replace("\n", "\r\n"), "utf-8"),
     "blank rows and columns": ("\n" + TABLE.replace("\n", ",,\n") + ",,,,\n,,,,\n", "utf-8"),
+    "commas at the end of rows": (TABLE.replace("ä\n", "ä,,\n"), "utf-8"),
     "quotes": (TABLE.replace("a,", '"a",'), "utf-8"),
 }
 
@@ -250,7 +253,7 @@ def deep(pixels, depth):
     return np.rint(pixels / 255 * (2**depth - 1)).astype(np.uint16)
 
 
-def test_10_the_grey_scale_is_the_sets_and_hangs_on_no_pixel(home):
+def test_10_the_grey_scale_is_the_sets_and_hangs_on_no_pixel(home, capsys):
     films = {f"f{n:02d}.png": deep(film(n), 12) for n in range(12)}
     films["f01.png"][5, 120], films["f02.png"][5, 120] = 4096, 65535
     films["f03.png"] //= 4  # a faint film stays faint
@@ -259,6 +262,12 @@ def test_10_the_grey_scale_is_the_sets_and_hangs_on_no_pixel(home):
     for n in range(12):
         canvas, _, _ = prepare.place_film(film(n) // (4 if n == 3 else 1), "left", (64, 64))
         assert np.abs(canvas.astype(int) - prepared.films[n])[2:, 2:].mean() < 1.5, n
+    films["f11.png"] = deep(film(11), 16)
+    prepare_data(**saved(home, {name: films[name] for name in ("f00.png", "f04.png", "f11.png",
+        "f05.png", "f06.png", "f07.png")}))  # fmt: skip
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in lines if "has only 12 of the 16 bits of the set" in line]
+    assert "5 of 6 films" in line and "f11" not in line
     for top in (4095, 4096, 65535):  # one film alone, as step 5 reads it
         films["f00.png"][5, 120] = top
         Image.fromarray(films["f00.png"]).save(home / "a.png")

@@ -401,12 +401,12 @@ def test_that_there_is_no_patient_column_is_said_once(home, capsys):
         ("image,label\na.png,benign\na.tif,benign\n", ["names a.tif twice"]),
         ("image,label\na.png,benign\nA.png,benign\n", ["names A.png twice"]),
         ("image,label,Label\na,0,1\n", ["has a column twice"]),
-        ("image,label\na,0,p1\nb,1,p2\n", ["cannot be read", "line 2"]),
+        ("image,label\na,0,p1\nb,1,p2\n", ["cannot be read", "line 2, 3"]),
         ("image label\na 0\n", ["lacks the column image and label", "image label"]),
         ("image,label,patient\na.png,benign,\n", ["no patient in line 2"]),
         ("image,label,laterality\na.png,benign,up\n", ["laterality", "up"]),
         ("image,label\n", ["mine.csv"]),
-        ("", ["cannot be read", "mine.csv"]),
+        ("", ["no rows", "mine.csv"]),
     ],
 )
 def test_own_labels_that_make_no_sense_are_refused_and_named(home, text, complaints):
