@@ -1109,7 +1109,7 @@ def check_films(source, films, missing, allow_partial):
     """Return which films can be used, bool (n,); `films` has image, digest and problem.
 
     UserError if two names hold the same pixels, or one those of another MIAS film, and, unless
-    `allow_partial`, if films are missing or unusable. Every film is named.
+    `allow_partial`, if films are missing or unusable; the first eight are named.
     """
     twice = films[films["digest"].duplicated(keep=False) & (films["problem"] == "")]
     if len(twice):
@@ -1127,7 +1127,8 @@ def check_films(source, films, missing, allow_partial):
         )
     broken = films[films["problem"] != ""]
     problems = [f"{len(missing)} films are missing: {common.listing(missing)}"] if missing else []
-    problems += [f"{row.image}: {row.problem}" for row in broken.itertuples()]
+    problems += [f"{row.image}: {row.problem}" for row in broken.head(8).itertuples()]
+    problems += [f"and {len(broken) - 8} more films"] if len(broken) > 8 else []
     if problems and not allow_partial:
         raise UserError("; ".join(problems) + ". Get them again, or use --allow-partial")
     if problems:

@@ -216,7 +216,8 @@ def build_model(weights="auto", recipe="lesion", dropout=0.2, freeze=-1):
             model.load_state_dict(fitting, strict=False)
             missing, unknown = model.backbone.load_state_dict(state, strict=False)
         except (RuntimeError, AttributeError) as error:  # other shapes, no tensors
-            raise UserError(f"{name} is no resnet18 ({' '.join(str(error).split())})") from None
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{name} is no resnet18 ({reason})") from None
         if missing or unknown:
             raise UserError(
                 f"{name} is no resnet18 state dict: {len(missing)} tensors are missing "

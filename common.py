@@ -543,8 +543,9 @@ def read_dicom(path, said=(), header=False):
         if header:
             side = film.get("ImageLaterality") or film.get("Laterality") or ""
             return str(film.get("PatientID") or ""), str(side)
-        if int(film.get("NumberOfFrames") or 1) > 1 or int(film.get("SamplesPerPixel") or 1) > 1:
-            raise ValueError("it has several frames or colours")
+        photometric = str(film.get("PhotometricInterpretation") or "MONOCHROME2")
+        if int(film.get("NumberOfFrames") or 1) > 1 or not photometric.startswith("MONOCHROME"):
+            raise ValueError(f"it has several frames or colours ({photometric})")
         raw, half = film.pixel_array, film.PixelRepresentation * 2 ** (film.BitsStored - 1)
         every = np.linspace(-half, 2**film.BitsStored - 1 - half, 1 << 16).round().astype(raw.dtype)
         shown, every = (
@@ -561,12 +562,11 @@ def read_dicom(path, said=(), header=False):
         ) from None
     low, high = every.min(), every.max()
     pixels = np.rint((shown - low) / max(high - low, 1e-12) * 65535).astype(np.int64)
-    inverse = film.get("PresentationLUTShape") == "INVERSE"
-    if inverse or film.get("PhotometricInterpretation") == "MONOCHROME1":
+    if photometric == "MONOCHROME1" or film.get("PresentationLUTShape") == "INVERSE":
         pixels = 65535 - pixels
-    padding = film.get("PixelPaddingValue")
+    padding, limit = film.get("PixelPaddingValue"), film.get("PixelPaddingRangeLimit")
     if padding is not None:
-        ends = sorted([padding, film.get("PixelPaddingRangeLimit", padding)])
+        ends = sorted([padding, padding if limit is None else limit])
         pixels[(raw >= ends[0]) & (raw <= ends[1])] = 0
     return pixels, 16
 
@@ -594,10 +594,10 @@ def named_films(names):
     names = [names] if isinstance(names, (str, Path)) else list(names)
     paths = []
     for path in (Path(name).expanduser() for name in names):
-        several = film_paths(path) if path.is_dir() else sorted(path.parent.glob(path.name))
-        if path.is_dir() and not several:
+        if path.is_dir() and not film_paths(path):
             raise UserError(f"{path} holds no films; read are {', '.join(FILM_SUFFIXES)}")
-        paths += several or [path]
+        pattern = [] if path.exists() else sorted(path.parent.glob(path.name))
+        paths += film_paths(path) if path.is_dir() else pattern or [path]
     return paths
 
 

@@ -390,7 +390,8 @@ def test_18_what_cannot_be_read_of_a_dicom_film_is_one_message(home, monkeypatch
     raw = lossless.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.4.70"[:20])
     lossless.write_bytes(raw)
     nothing = dicom(home / "nothing.dcm", pixels, PixelData=b"")
-    for path in (home / "text.dcm", frames, lossless, nothing):
+    palette = dicom(home / "palette.dcm", pixels, PhotometricInterpretation="PALETTE COLOR")
+    for path in (home / "text.dcm", frames, lossless, nothing, palette):
         message = refused(common.read_film, path)
         assert str(path) in message and "export a PNG" in message and len(message) < 700
     monkeypatch.setitem(sys.modules, "pydicom", None)
@@ -481,6 +482,9 @@ def test_21_and_22_values_typed_in_a_cell_patterns_and_folders(home, monkeypatch
     assert common.named_films(str(scans / "a.png")) == common.named_films(scans / "a.png")
     assert common.named_films("~/scans") == [scans / "a.png", scans / "b" / "c.png"]
     assert common.named_films(["~/scans/*.png"]) == [scans / "a.png"]
+    for name in ("f1.png", "f[1].png"):  # a name, not a pattern
+        Image.fromarray(film()).save(scans / name)
+    assert common.named_films(scans / "f[1].png") == [scans / "f[1].png"]
     (home / "empty").mkdir()
     assert ".tiff" in refused(common.named_films, str(home / "empty"))
     torch.save(ResNet(BasicBlock, [1] * 4).state_dict(), home / "net.pth")
