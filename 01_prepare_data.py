@@ -1109,7 +1109,7 @@ def check_films(source, films, missing, allow_partial):
     """Return which films can be used, bool (n,); `films` has image, digest and problem.
 
     UserError if two names hold the same pixels, or one those of another MIAS film, and, unless
-    `allow_partial`, if films are missing or unusable; the first eight are named.
+    `allow_partial`, if films are missing or unusable. What is left out is named.
     """
     twice = films[films["digest"].duplicated(keep=False) & (films["problem"] == "")]
     if len(twice):
@@ -1127,10 +1127,10 @@ def check_films(source, films, missing, allow_partial):
         )
     broken = films[films["problem"] != ""]
     problems = [f"{len(missing)} films are missing: {common.listing(missing)}"] if missing else []
-    problems += [f"{row.image}: {row.problem}" for row in broken.head(8).itertuples()]
-    problems += [f"and {len(broken) - 8} more films"] if len(broken) > 8 else []
+    problems += [f"{row.image}: {row.problem}" for row in broken.itertuples()]
     if problems and not allow_partial:
-        raise UserError("; ".join(problems) + ". Get them again, or use --allow-partial")
+        first = "; ".join(problems[:8]) + (f"; {len(problems) - 8} more" if problems[8:] else "")
+        raise UserError(f"{first}. Get them again, or use --allow-partial")
     if problems:
         common.warn("left out, as --allow-partial says: " + "; ".join(problems))
     if len(broken) == len(films):

@@ -496,6 +496,10 @@ def test_23_a_message_is_short_however_much_is_wrong(home):
     assert len(refused(labels_of, home, f"image,label,patient\n{rows}")) < 700
     choice = saved(home, {"a.png": film()}, rows=[f"f{n},normal,p{n}" for n in range(5000)])
     assert len(refused(prepare_data, **choice)) < 700
+    choice = saved(home, many(), rows=[f"f{n:02d},normal,p{n}" for n in range(12)])
+    for path in (home / "scans").iterdir():
+        path.write_bytes(b"")
+    assert "4 more. Get them again" in refused(prepare_data, **choice)
 
 
 def test_25_whole_images_of_another_modality_and_masks_left_out(home, small, capsys):
