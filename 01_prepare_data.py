@@ -226,11 +226,11 @@ def find_films(settings):
             "with a folder for each class: benign, normal, malignant, or as --classes names them"
         )
     raw = common.data_dir(source) / "raw"
-    if source != "mias" and not (settings.images or settings.archive):
+    if source != "mias" and not (images or settings.archive):
         raise UserError(f"--source {source} needs --images DIR or --archive FILE")
     if images:
-        found = [path.name for path in images.glob("*")]  # none if it is not there
         if not images.is_dir() or not common.film_paths(images):
+            found = [path.name for path in images.glob("*")]  # none if it is not there
             raise UserError(
                 f"--images {images} is no folder of films; it holds "
                 f"{common.listing(sorted(found)) or 'nothing'}; read are "
@@ -342,7 +342,7 @@ def read_own_table(path):
         raise UserError(f"{path} has no rows")
     header = lines[first]
     comma = separator[1] if separator else max(",;\t|", key=header.count)
-    most = max((line.count(comma) for line in lines[first:]), default=0) + 1
+    most = max(line.count(comma) for line in lines[first:]) + 1
     try:
         table = pd.read_csv(
             io.StringIO("\n".join(lines[first:])),
@@ -358,14 +358,14 @@ def read_own_table(path):
     table = table.fillna("").apply(lambda column: column.str.strip())
     table.index += first + 1
     names, table = table.iloc[0], table.iloc[1:].set_axis(table.iloc[0], axis=1)
-    table = table.loc[(table != "").any(axis=1), [n != "" or (table.iloc[:, k] != "").any()
-                                                  for k, n in enumerate(names)]]  # fmt: skip
-    if table.empty:
-        raise UserError(f"{path} has no rows below its header ({common.listing(names)})")
-    if "" in list(table):
-        more = table.index[(table.loc[:, [n == "" for n in table]] != "").any(axis=1)]
+    named = (names != "").to_numpy()
+    more = table.index[(table.loc[:, ~named] != "").any(axis=1)]
+    if len(more):
         raise UserError(f"{path} cannot be read: more values than names of columns ("
                         f"{common.listing(names)}) in line {common.listing(more)}")  # fmt: skip
+    table = table.loc[(table != "").any(axis=1), named]
+    if table.empty:
+        raise UserError(f"{path} has no rows below its header ({common.listing(names)})")
     return table
 
 
@@ -402,14 +402,20 @@ def own_columns(table, path, wanted=COLUMNS):
 # %% Labels of your own: words or numbers, with their meaning shown
 # 1 means cancer in many tables and "normal" here, so numbers count only if they are exactly 0, 1
 # and 2, or if --classes says what they mean.
-def class_codes(words, classes, path):
-    """Return the classes (a Series of codes, NaN where not understood) that words name."""
+def named_classes(classes=""):
+    """Return {word: code} of the classes' own names and of a setting as "0=normal,1=malignant"."""
     known = {name: code for code, name in enumerate(CLASS_NAMES)}
     for part in filter(str.strip, str(classes).split(",")):
         word, _, name = (text.strip().lower() for text in part.partition("="))
         if name not in CLASS_NAMES:
             raise UserError(f'--classes {classes}: expected such as "0=normal,1=malignant"')
         known[word] = CLASS_NAMES.index(name)
+    return known
+
+
+def class_codes(words, classes, path):
+    """Return the classes (a Series of codes, NaN where not understood) that words name."""
+    known = named_classes(classes)
     words = words.str.lower().str.replace(r"\.0+$", "", regex=True)
     numbers = sorted(set(words[words.str.fullmatch(r"[-+]?\d+")]) - set(known))
     if numbers == ["0", "1", "2"]:
@@ -438,7 +444,7 @@ def checked_labels(table, rest, classes, path):
         )
     for name in rest:
         words = rest[name][rest[name] != ""].str.lower()
-        second = words.map({n: code for code, n in enumerate(CLASS_NAMES)})
+        second = words.map(named_classes())
         other = second.index[second.notna() & (second != label[second.index])]
         if len(other):
             raise UserError(f'{path}: the label and the column "{name}" contradict in line '
@@ -513,16 +519,16 @@ def match_films(labels, folder, quiet=False):
     for key, image in wanted.items():
         for tail in tails(key)[1:]:
             longer.setdefault(tail, []).append(image)
-    found, extra = {}, []
+    found, extra, several = {}, [], []
     for path in common.film_paths(folder):
-        key = film_key(path.relative_to(folder).as_posix())
+        name = film_name(path.relative_to(folder).as_posix())
+        key = name.lower()
         named = next(([wanted[tail]] for tail in tails(key) if tail in wanted), longer.get(key, []))
         for image in named:
             found.setdefault(image, []).append(path)
-        extra += [] if named else [film_name(path.relative_to(folder).as_posix())]
-    meant = [path for paths in found.values() for path in paths]
-    several = [image for image, paths in found.items() if len(paths) > 1]
-    several += [path for path in set(meant) if meant.count(path) > 1]
+        extra += [] if named else [name]
+        several += [path] if len(named) > 1 else []
+    several = [image for image, paths in found.items() if len(paths) > 1] + several
     if several:
         raise UserError(f"several films could be meant by {common.listing(several)}; give each "
                         "file a name of its own, or name its folder too")  # fmt: skip
@@ -543,8 +549,9 @@ def in_class_folders(folder, classes=""):
     if not folder.is_dir():
         return []
     paths = [path.relative_to(folder) for path in common.film_paths(folder)]
-    known = {*CLASS_NAMES, *(part.split("=")[0].strip().lower() for part in classes.split(","))}
-    if not all(len(path.parts) > 1 and path.parts[0].lower() in known for path in paths):
+    if any(len(path.parts) == 1 for path in paths):
+        return []
+    if not {path.parts[0].lower() for path in paths} <= set(named_classes(classes)):
         return []
     return [(film_name(path.as_posix()), path.parts[0]) for path in paths]
 
@@ -572,14 +579,15 @@ def read_own_labels(path, folder=None, classes=""):
         named = common.listing(table["image"][keys.duplicated()].unique())
         raise UserError(f"{path} names {named} twice")
     table["image"] = table["image"].map(film_name)
-    for role, place in {"patient": 0, "laterality": 1}.items():
-        if role not in table and folder:  # perhaps in the headers of DICOM films
-            paths = match_films(table, folder, quiet=True)
-            dicom = {image: path for image, path in paths.items() if path.suffix.lower() == ".dcm"}
-            read = {i: common.read_dicom(p, header=True)[place] for i, p in dicom.items()}
-            if read and (role == "laterality" or all(read.values()) and len(read) == len(table)):
-                table[role] = table["image"].map(read).fillna("")
-                print(f"{path}: {role} is taken from the DICOM headers")
+    roles = [role for role in ("patient", "laterality") if role not in table]
+    paths = match_films(table, folder, quiet=True) if folder and roles else {}
+    dicom = {image: path for image, path in paths.items() if path.suffix.lower() == ".dcm"}
+    headers = {image: common.dicom_header(path) for image, path in dicom.items()}
+    for role in roles if headers else ():
+        read = {image: header[role] for image, header in headers.items()}
+        if role == "laterality" or all(read.values()) and len(read) == len(table):
+            table[role] = table["image"].map(read).fillna("")
+            print(f"{path}: {role} is taken from the DICOM headers")
     if "patient" in table and (table["patient"] == "").any():
         lines = common.listing(table.index[table["patient"] == ""])
         raise UserError(f"{path}: no patient in line {lines}; fill the column or leave it out")
@@ -900,9 +908,9 @@ if __name__ == "__main__":
     size = canvas_size(settings.size, source)
     with common.in_words(folder):
         paths = match_films(labels, folder)
-        masks = sum(1 for path in folder.rglob("*_mask*") if "_mask" in path.stem)
+        masks = common.film_paths(folder, masks=True)
     if masks:
-        print(f"{masks} files called ..._mask are left out")
+        print(f"{len(masks)} files called ..._mask are left out")
     print(f"{len(paths)} films for {len(labels)} labels, canvas {size[0]} x {size[1]} px")
 
 
@@ -947,7 +955,7 @@ def oddities(film, laterality):
 def say_oddities(films):
     """Warn of what was noted of films (a DataFrame with image and note), a line for each kind."""
     notes = films.set_index("image")["note"].str.split("; ").explode()
-    notes = notes[notes.fillna("") != ""]
+    notes = notes[notes != ""]
     for note, part in notes.groupby(notes.to_numpy()):
         swapped = "called" in note and len(part) > len(films) / 4  # of either side
         hint = "; the column laterality is probably swapped" if swapped else ""
@@ -1061,8 +1069,9 @@ if __name__ == "__main__":
         def place(item):
             """Fill canvas `number` and return its row of films.csv."""
             number, (image, path) = item
-            film = (path, image, sides[image], size, source, settings.crop, bits)
-            canvases[number], row = prepare_film(*film)
+            canvases[number], row = prepare_film(
+                path, image, sides[image], size, source, settings.crop, bits
+            )
             return row
 
         rows = common.in_threads(place, list(enumerate(paths.items())), "preparing films")
@@ -1348,8 +1357,7 @@ if __name__ == "__main__":
     there = [c for c in CLASS_NAMES if c in set(prepared.labels["label_name"])]
     classes = prepared.labels["label_name"].value_counts().reindex(there).to_frame("films")
     types = pd.crosstab(prepared.findings["type"], prepared.findings["severity"])
-    fold_mix = pd.crosstab(prepared.splits["fold"], prepared.labels["label_name"])
-    fold_mix = fold_mix[there]
+    fold_mix = pd.crosstab(prepared.splits["fold"], prepared.labels["label_name"])[there]
     common.table(classes, f"films per class (n = {len(prepared.labels)})")
     common.table(types, f"findings per type, by severity (n = {len(prepared.findings)})")
     common.table(fold_mix, "films per class in each fold")

@@ -145,15 +145,15 @@ def weights_for(plan, fold, prepared):
     """Load what a fold begins with; refused if it saw a test film or patient of the fold."""
     weights = network.load_weights(plan.weights, fold)
     if weights.seen:
-        test = data.fold_parts(prepared, fold, plan.validation)["test"]
-        patients = prepared.source + "/" + prepared.labels["patient"].iloc[test]
+        test = prepared.splits["fold"] == fold
+        patients = prepared.source + "/" + prepared.labels["patient"]
         known = patients.isin(weights.seen["patients"])
-        known |= prepared.table["digest"].iloc[test].isin(weights.seen["films"])
+        known = test & (known | prepared.table["digest"].isin(weights.seen["films"]))
         if known.any():
             raise UserError(
                 f"--weights {plan.weights}: {weights.name} was trained or chosen on "
-                f"{known.sum()} of the {len(test)} test films of fold {fold}, or on their patients "
-                f"({common.listing(prepared.labels['image'].iloc[test][known], 3)}); it would "
+                f"{known.sum()} of the {test.sum()} test films of fold {fold}, or on their "
+                f"patients ({common.listing(prepared.labels['image'][known], 3)}); it would "
                 "know the answers. Take a run on other patients, or one with the same folds"
             )
     return weights

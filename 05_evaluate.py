@@ -399,15 +399,15 @@ if __name__ == "__main__" and judging:
 # of each class once more.
 if __name__ == "__main__" and judging:
     label, named = predictions["label"], predictions["predicted"]
+    there = np.unique(label)
     by_library = {
         "accuracy": accuracy_score(label, named),
-        "macro F1": f1_score(label, named, average="macro", labels=np.unique(label)),
+        "macro F1": f1_score(label, named, average="macro", labels=there),
     }
     if 0 < (label == MALIGNANT).sum() < len(label):
         by_library["AUC malignant"] = roc_auc_score(label == MALIGNANT, predictions["p_malignant"])
     check = pd.DataFrame({"scikit-learn": by_library}).assign(reported=metrics["value"])
     assert np.allclose(check["scikit-learn"], check["reported"], atol=1e-5), check
-    there = np.unique(label)
     report = classification_report(
         label, named, labels=there, target_names=np.take(CLASS_NAMES, there), output_dict=True,
         zero_division=0,
@@ -666,7 +666,7 @@ def draw_film(axis, image, overlay, prepared):
     g = prepare.Geometry(*row[list(prepare.Geometry._fields)])
     size = prepared.films.shape[1:]
     try:
-        film = common.read_film(row["file"], row["bits"] if row["bits"] > 8 else None, [])
+        film = common.read_film(row["file"], row["bits"], [])
     except UserError:  # the originals were moved; the canvas still has the breast
         film = canvas_on_film(prepared.films[row.name], g, size)
     draw_heat(axis, film, canvas_on_film(overlay, g, size))
@@ -713,10 +713,11 @@ def unlike(canvas, statistics):
 # %% Your own films: on the canvas, as those that the run was trained on
 # The same crop and the same canvas as in step 1. Of a pair, the first film's laterality settles the
 # second's.
-def place_own_films(paths, settings, size, record):
+def place_own_films(paths, settings, record):
     """Return the films of paths and, for each, its canvas and Geometry."""
     if settings.pair and len(paths) != 2:
         raise UserError(f"--pair takes the two films of one person, found {len(paths)}")
+    size, crop = tuple(record["data"]["size"]), record["data"]["crop"]
     bits = record["film_bits"] if record["film_bits"] > 8 else None
     films = [common.read_film(path, bits) for path in paths]
     side = str(prepare.sides_of(pd.Series([str(settings.laterality)]), "--laterality")[0])
@@ -724,10 +725,10 @@ def place_own_films(paths, settings, size, record):
     if settings.pair and side:
         sides[1] = "left" if side == "right" else "right"
     for path, film, side in zip(paths, films, sides):
-        for what in prepare.oddities(film, side) if record["data"]["crop"] == "breast" else ():
+        for what in prepare.oddities(film, side) if crop == "breast" else ():
             common.warn(f"{path}: {what}")
         try:
-            placed.append(prepare.place_film(film, side, size, record["data"]["crop"])[:2])
+            placed.append(prepare.place_film(film, side, size, crop)[:2])
         except ValueError as error:
             raise UserError(f"{path}: {error}; is it a mammogram of one breast?") from None
     if settings.pair and placed[0][1].mirrored == placed[1][1].mirrored:
@@ -750,7 +751,7 @@ def read_own_films(paths, folder, record, settings):
     """
     paths = common.named_films(paths)
     folds, size = load_folds(folder, record, settings.device), tuple(record["data"]["size"])
-    films, placed = place_own_films(paths, settings, size, record)
+    films, placed = place_own_films(paths, settings, record)
     canvases = np.stack([canvas for canvas, _ in placed])
     dataset = data.MammogramDataset.of_canvases(canvases)
     bar = common.Progress(len(folds) * len(films), "reading")

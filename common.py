@@ -14,6 +14,7 @@ import hashlib
 import http.client
 import importlib
 import inspect
+import itertools
 import json
 import os
 import pickle
@@ -455,10 +456,12 @@ def read_film(path, bits=None, notes=None):
             raise
         raise UserError(f"{path} cannot be decoded ({error}); copy it from the source") from None
     if pixels.dtype != np.uint8:
-        used = bits_in_use(bit_lengths(pixels))
-        if not depth and bits and used < bits - 2:
-            said.append(f"has only {used} of the {bits} bits of the set, so that it is dark")
-        white = 2 ** (depth or bits or used) - 1
+        if not depth:
+            used = bits_in_use(bit_lengths(pixels))
+            depth = bits or used
+            if used < depth - 2:
+                said.append(f"has only {used} of the {bits} bits of the set, so that it is dark")
+        white = 2**depth - 1
         pixels = (pixels.clip(0, white) * (255 / white) + 0.5).astype(np.uint8)
     bright = (pixels >= 240).mean()
     if 0.2 < bright < 0.95 and bright > 2 * (pixels <= 15).mean():  # at most 0.18 on a film of MIAS
@@ -466,7 +469,8 @@ def read_film(path, bits=None, notes=None):
         said.append("taken for a negative, since its background is white, and inverted")
     if notes is not None:
         notes += said
-    for what in said if notes is None else ():
+        return pixels
+    for what in said:
         warn(f"{path}: {what}")
     return pixels
 
@@ -481,7 +485,7 @@ def read_image(path, said):
                 image.seek(page)
                 sizes.append(image.size)
             image.seek(max(range(pages), key=lambda page: np.prod(sizes[page])))
-            said.append(f"has {pages} pages; the largest is used")
+            said.append(f"has {pages} pages, of which the largest is used")
         if len(image.getbands()) > 1 and ";16" in str(image.tile):
             raise ValueError("16 bits in several channels, of which 8 would be lost: save it grey")
         white_is_zero = image.format == "TIFF" and image.tag_v2.get(262) == 0
@@ -493,7 +497,7 @@ def read_image(path, said):
         if image.mode == "P" or len(image.getbands()) > 1:
             colours = np.array(image.convert("RGB"))
             if np.ptp(colours, axis=2).max() > 32:  # JPEG alone tints a grey film a little
-                said.append("has colours; marks on a film may give its label away")
+                said.append("has colours: marks on a film may give its label away")
             image = image.convert("L")  # a grey film that was saved in colour
         pixels = np.array(image)
     if pixels.dtype == bool:
@@ -507,7 +511,7 @@ def read_image(path, said):
     pixels = np.rint(pixels).astype(np.int64)
     if pixels.min() < 0:  # signed: black is what all but a few pixels lie above
         pixels = pixels - int(np.quantile(pixels, 1e-4))
-        said.append("has grey values below zero; the lowest were made black")
+        said.append("has grey values below zero, the lowest of which were made black")
     if white_is_zero:  # which Pillow minds in films of 8 bits only
         pixels = 2 ** bits_in_use(bit_lengths(pixels)) - 1 - pixels
     return pixels, scaled
@@ -523,26 +527,45 @@ def bits_in_use(counts):
     return max(int((counts.cumsum() >= 0.9999 * counts.sum()).argmax()), 8)
 
 
-def read_dicom(path, said=(), header=False):
-    """Return the pixels of a DICOM film as its header wants them shown, and 16, their depth.
+@contextlib.contextmanager
+def opened_dicom(path, **options):
+    """Yield pydicom and its reading of a file; what goes wrong with it becomes a UserError.
 
-    With the window or lookup table, inverted and without padding. With `header` return only its
-    (patient, laterality), "" where it has none. pydicom is no requirement of this project.
+    pydicom is no requirement of this project.
     """
     try:
         import pydicom
+    except ImportError:
+        raise UserError(f"{path} needs pydicom: pip install pydicom, or export a PNG") from None
+    try:
+        yield pydicom, pydicom.dcmread(path, **options)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # pydicom's are of all kinds: no decoder, no pixels, no DICOM
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"{path} cannot be read as a DICOM film ({reason}); for compressed ones pip install "
+            "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg, or export a PNG of it"
+        ) from None
 
+
+def dicom_header(path):
+    """Return patient and laterality of a DICOM film, a dict of text, "" where it has none."""
+    with opened_dicom(path, stop_before_pixels=True) as (_, film):
+        side = film.get("ImageLaterality") or film.get("Laterality") or ""
+        return {"patient": str(film.get("PatientID") or ""), "laterality": str(side)}
+
+
+def read_dicom(path, said):
+    """Return the pixels of a DICOM film as its header wants them shown, and 16, their depth.
+
+    With the window or lookup table, inverted and without padding.
+    """
+    with opened_dicom(path) as (pydicom, film):
         new = hasattr(pydicom, "pixels")  # since 3.0
         tools = importlib.import_module(
             f"pydicom.{'pixels' if new else 'pixel_data_handlers.util'}"
         )
-    except ImportError:
-        raise UserError(f"{path} needs pydicom: pip install pydicom, or export a PNG") from None
-    try:
-        film = pydicom.dcmread(path, stop_before_pixels=header)
-        if header:
-            side = film.get("ImageLaterality") or film.get("Laterality") or ""
-            return str(film.get("PatientID") or ""), str(side)
         photometric = str(film.get("PhotometricInterpretation") or "MONOCHROME2")
         if int(film.get("NumberOfFrames") or 1) > 1 or not photometric.startswith("MONOCHROME"):
             raise ValueError(f"it has several frames or colours ({photometric})")
@@ -552,14 +575,6 @@ def read_dicom(path, said=(), header=False):
             tools.apply_voi_lut(tools.apply_modality_lut(part, film), film).astype(np.float64)
             for part in (raw, every)
         )
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # pydicom's are of all kinds: no decoder, no pixels, no DICOM
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"{path} cannot be read as a DICOM film ({reason}); for compressed ones pip install "
-            "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg, or export a PNG of it"
-        ) from None
     low, high = every.min(), every.max()
     pixels = np.rint((shown - low) / max(high - low, 1e-12) * 65535).astype(np.int64)
     if photometric == "MONOCHROME1" or film.get("PresentationLUTShape") == "INVERSE":
@@ -571,8 +586,11 @@ def read_dicom(path, said=(), header=False):
     return pixels, 16
 
 
-def film_paths(folder):
-    """Return the film files in a folder and below, sorted; hidden ones and masks are left out."""
+def film_paths(folder, masks=False):
+    """Return the film files in a folder and below, sorted, but for hidden ones and masks.
+
+    With `masks` return those in their place, files such as film_mask.png.
+    """
 
     def refuse(error):
         raise error
@@ -585,19 +603,25 @@ def film_paths(folder):
         path
         for path in paths
         if path.suffix.lower() in FILM_SUFFIXES
-        and not re.search(r"_mask(_\d+)?$", path.stem, re.IGNORECASE)
+        and bool(re.search(r"_mask(_\d+)?$", path.stem, re.IGNORECASE)) == masks
     )
+
+
+def matching(name):
+    """Return the path that a name stands for or, if there is none, those of its pattern."""
+    path = Path(name).expanduser()
+    return [path] if path.exists() else sorted(path.parent.glob(path.name)) or [path]
 
 
 def named_films(names):
     """Return the paths that names, patterns such as scans/*.png, and folders stand for."""
     names = [names] if isinstance(names, (str, Path)) else list(names)
     paths = []
-    for path in (Path(name).expanduser() for name in names):
-        if path.is_dir() and not film_paths(path):
+    for path in itertools.chain.from_iterable(map(matching, names)):
+        films = film_paths(path) if path.is_dir() else [path]
+        if not films:
             raise UserError(f"{path} holds no films; read are {', '.join(FILM_SUFFIXES)}")
-        pattern = [] if path.exists() else sorted(path.parent.glob(path.name))
-        paths += film_paths(path) if path.is_dir() else pattern or [path]
+        paths += films
     return paths
 
 
@@ -737,15 +761,14 @@ def weights_file(name, fold=0):
     That of the fold, if the run has it, since it saw no test patient of the same fold; else the
     first.
     """
-    path = Path(name).expanduser()
-    files = [path] if path.is_file() else sorted(path.parent.glob(path.name))
-    if len(files) == 1 and files[0].is_file():
-        return files[0]
-    folder = path if path.is_dir() else runs_dir(str(name))
+    path, *others = matching(name)
+    if path.is_file() and not others:
+        return path
+    folder = path if path.is_dir() and not others else runs_dir(str(name))
     found = {part.parent.name: part for part in sorted(folder.glob("fold-*/best.pt"))}
     if not found:
         raise UserError(
-            f"{path} is not there; expected a state dict FILE, or a run in {runs_dir()} that has a "
+            f"{name} is not there; expected a state dict FILE, or a run in {runs_dir()} that has a "
             "fold-K/best.pt; check the name and the folder"
         )
     return found.get(f"fold-{fold}", next(iter(found.values())))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import prepare, prepare_data, run_main
 from PIL import Image
-from test_prepare import breast, refused
+from test_prepare import _made, breast, refused
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import common
@@ -557,8 +557,3 @@ def test_of_48_films_eight_bad_ones_are_read_right_or_named(home, capsys):
         assert np.abs(canvas - prepared.films[index[image]]).mean() < 4, image
     for image, what in {bad[2]: "negative", bad[5]: "both breasts", bad[6]: "64 px"}.items():
         assert any(what in line and image in line for line in said.splitlines()), said
-
-
-def _made(folder):
-    folder.mkdir()
-    return folder
