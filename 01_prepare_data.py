@@ -24,6 +24,7 @@ import socket
 import sys
 import tarfile
 import tempfile
+import unicodedata
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ import pandas as pd
 import seaborn as sns
 from PIL import Image, ImageFilter
 from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.neighbors import NearestNeighbors
 from torchvision.datasets.utils import download_url
 
 import common
@@ -409,7 +411,7 @@ def named_classes(classes=""):
         word, _, name = (text.strip().lower() for text in part.partition("="))
         if name not in CLASS_NAMES:
             raise UserError(f'--classes {classes}: expected such as "0=normal,1=malignant"')
-        known[word] = CLASS_NAMES.index(name)
+        known[re.sub(r"\.0+$", "", word)] = CLASS_NAMES.index(name)
     return known
 
 
@@ -420,7 +422,7 @@ def class_codes(words, classes, path):
     numbers = sorted(set(words[words.str.fullmatch(r"[-+]?\d+")]) - set(known))
     if numbers == ["0", "1", "2"]:
         known.update({"0": BENIGN, "1": NORMAL, "2": MALIGNANT})
-        print(f"{path}: label 0 is taken for benign, 1 for normal, 2 for malignant")
+        common.warn(f"{path}: label 0 is taken for benign, 1 for normal, 2 for malignant")
     elif numbers:
         raise UserError(
             f"{path}: labels are the numbers {common.listing(numbers)}; only exactly 0 (benign), 1 "
@@ -458,10 +460,13 @@ def checked_labels(table, rest, classes, path):
 def same_patients(names):
     """Return patients' names (Series of text) in one spelling each; say what was merged."""
     key = names.str.lower().str.replace(r"\s|(?<!\d)0+(?=\d)|\.0+$", "", regex=True)
-    missing = key.str.fullmatch(r"n/?a|nan|none|null|unknown|\W+")
+    missing = key.str.fullmatch(
+        r"n/?a|nan|none|null|unknown|\W+|anon\w*|de-?identified|removed|x+|[\d.]+e\+\d+"
+    )
     if missing.any():
         common.warn(f"{missing.sum()} films of patient {common.listing(names[missing].unique())} "
-                    "count as one patient; are these missing values?")  # fmt: skip
+                    "count as one patient each; are these missing values, or numbers that a "
+                    "spreadsheet rounded?")  # fmt: skip
     merged = names.groupby(key).transform("first")
     several = sorted(set(names[merged != names]) | set(merged[merged != names]))
     if several:
@@ -472,12 +477,15 @@ def same_patients(names):
 
 # %% Sides of your own: R, Left, L-MLO
 # What else may stand there is refused, since a film on the wrong side is mirrored and cut wrongly.
+VIEWS = "cc|mlo|ml|lm|lmo|xccl|xccm|xcc|sio|at|cv|fb"
+
+
 def sides_of(sides, path="`labels`"):
     """Return "right", "left" or "" for sides such as R, Left or L-MLO, a Series of text."""
     found = (
         sides.str.strip()
         .str.lower()
-        .str.extract(r"^(r|l|right|left|)(?:[ _-]*(?:cc|mlo|ml|lm|breast))?$", expand=False)
+        .str.extract(rf"^(r|l|right|left|)(?:[ _-]*(?:{VIEWS}|breast))?$", expand=False)
     )
     if found.isna().any():
         wrong = common.listing(sides[found.isna()].unique())
@@ -490,7 +498,7 @@ def sides_of(sides, path="`labels`"):
 # known suffix do not count, and either name may begin further up.
 def film_name(name):
     """Return a film's name with slashes and without a known suffix; other dots stay."""
-    name = str(name).replace("\\", "/").strip("/ ")
+    name = unicodedata.normalize("NFC", str(name)).replace("\\", "/").strip("/ ")  # macOS: NFD
     suffix = next((end for end in common.FILM_SUFFIXES if name.lower().endswith(end)), "")
     return name[: len(name) - len(suffix)]
 
@@ -542,18 +550,57 @@ def match_films(labels, folder, quiet=False):
     return {image: paths[0] for image, paths in found.items()}
 
 
+# %% The name of a folder can be a label
+# As it is or as --classes says, at any depth: train/benign/a.png is benign. A part that is called
+# train or test means nothing here; the folds take its place.
+def class_of_folder(path, known):
+    """Return the one word of `known` that a film's folders are called; "" if none or several."""
+    words = {part.lower() for part in path.parts[:-1]} & set(known)
+    return words.pop() if len(words) == 1 else ""
+
+
 # %% A folder for each class: labels without any table
-# Many databases come so. The name of the folder is the label, as it is or as --classes says.
+# Many databases come so. All films have to lie in such folders, or a misspelt one would be lost.
 def in_class_folders(folder, classes=""):
-    """Return (image, label) of the films that lie in folders named as classes; [] if others do."""
+    """Return (image, label) of the films if all lie in folders named as classes, else []."""
     if not folder.is_dir():
         return []
+    known = named_classes(classes)
     paths = [path.relative_to(folder) for path in common.film_paths(folder)]
-    if any(len(path.parts) == 1 for path in paths):
-        return []
-    if not {path.parts[0].lower() for path in paths} <= set(named_classes(classes)):
-        return []
-    return [(film_name(path.as_posix()), path.parts[0]) for path in paths]
+    found = [(film_name(path.as_posix()), class_of_folder(path, known)) for path in paths]
+    unnamed = [image for image, word in found if not word]
+    if unnamed and len(unnamed) < len(found):
+        common.warn(
+            f"{folder}: some films lie in folders called as classes, but not "
+            f"{common.listing(unnamed, 3)}; --classes says what other names mean"
+        )
+    return [] if unnamed else found
+
+
+# %% What the files say themselves: a table may contradict it
+# A label, a patient or a side stands in a table, but also in the names of folders and in DICOM
+# headers. Where they differ one of them is wrong; which one cannot be known, so it is said.
+def say_contradictions(labels, paths, headers, folder, classes, path):
+    """Warn of films whose folder or DICOM header says another thing than their row of labels.
+
+    `paths` is {image: file}, `headers` a DataFrame by image with patient and laterality.
+    """
+    known, rows = named_classes(classes), labels.set_index("image")
+    words = {i: class_of_folder(file.relative_to(folder), known) for i, file in paths.items()}
+    wrong = {"the name of their folder": [i for i, word in words.items()
+                                          if word and known[word] != rows["label"][i]]}  # fmt: skip
+    if len(headers):
+        rows = rows.loc[headers.index]
+        sides = headers["laterality"].replace({"R": "right", "L": "left"})
+        differ = (sides != "") & (rows["laterality"] != "") & (sides != rows["laterality"])
+        patients = rows["patient"].groupby(headers["patient"]).transform("nunique")
+        wrong["the laterality of their headers"] = rows.index[differ]
+        wrong["their headers, where they are the same patient's"] = rows.index[
+            (patients > 1) & (headers["patient"] != "")
+        ]
+    for what, images in wrong.items():
+        if len(images):
+            common.warn(f"{path} contradicts {what}: {common.listing(images)}")
 
 
 # %% Your own films: a table, or a folder for each class
@@ -574,19 +621,19 @@ def read_own_labels(path, folder=None, classes=""):
     label = checked_labels(table, rest, classes, path)
     if len(rest.columns):
         print(f"{path}: not used: {common.listing(rest.columns)}")
-    keys = table["image"].map(film_key)
-    if keys.duplicated().any():
-        named = common.listing(table["image"][keys.duplicated()].unique())
-        raise UserError(f"{path} names {named} twice")
+    again = table["image"].map(film_key).duplicated()
+    if again.any():
+        named = common.listing(table["image"][again].unique())
+        raise UserError(f"{path} names {named} twice (line {common.listing(table.index[again])}); "
+                        "a film has one row, its findings go into --findings FILE")  # fmt: skip
     table["image"] = table["image"].map(film_name)
-    roles = [role for role in ("patient", "laterality") if role not in table]
-    paths = match_films(table, folder, quiet=True) if folder and roles else {}
-    dicom = {image: path for image, path in paths.items() if path.suffix.lower() == ".dcm"}
-    headers = {image: common.dicom_header(path) for image, path in dicom.items()}
-    for role in roles if headers else ():
-        read = {image: header[role] for image, header in headers.items()}
-        if role == "laterality" or all(read.values()) and len(read) == len(table):
-            table[role] = table["image"].map(read).fillna("")
+    paths = match_films(table, folder, quiet=True) if folder else {}
+    dicom = {image: file for image, file in paths.items() if file.suffix.lower() == ".dcm"}
+    headers = pd.DataFrame({image: common.dicom_header(file) for image, file in dicom.items()}).T
+    for role in [role for role in headers if role not in table]:
+        read = table["image"].map(headers[role]).fillna("")
+        if role == "laterality" or (read != "").all():
+            table[role] = read
             print(f"{path}: {role} is taken from the DICOM headers")
     if "patient" in table and (table["patient"] == "").any():
         lines = common.listing(table.index[table["patient"] == ""])
@@ -601,6 +648,7 @@ def read_own_labels(path, folder=None, classes=""):
     side = sides_of(table.get("laterality", pd.Series("", table.index)), path)
     labels = table.assign(patient=patient, laterality=side, tissue="", label=label, findings=0)
     labels["label_name"] = labels["label"].map(dict(enumerate(CLASS_NAMES)))
+    say_contradictions(labels, paths, headers, folder, classes, path)
     return labels.reset_index(drop=True)[LABELS]
 
 
@@ -609,16 +657,19 @@ def read_own_labels(path, folder=None, classes=""):
 # from the top; a box becomes the circle round its middle with half its longer side.
 def read_own_findings(path, labels):
     """Return the findings of a CSV (image and x,y,radius or x0,y0,x1,y1[, severity][, type])."""
-    plain = "image severity type x y radius x0 y0 x1 y1".split()
-    wanted = {name: COLUMNS.get(name, name) for name in plain}
+    wanted = {name: COLUMNS.get(name, name) for name in "image severity type x y radius".split()}
+    wanted.update(x0="x0 xmin left", y0="y0 ymin top", x1="x1 xmax right", y1="y1 ymax bottom")
     table, rest = own_columns(read_own_table(path), path, wanted)
     box = "x0" in table
     numbers = ["x0", "y0", "x1", "y1"] if box else ["x", "y", "radius"]
     if not {"image", *numbers} <= set(table):
-        raise UserError(f"{path}: expected image, and x, y, radius or x0, y0, x1, y1; found "
-                        f"{common.listing([*table, *rest])}")  # fmt: skip
+        raise UserError(f"{path}: expected image, and x, y, radius or the corners x0, y0, x1, y1; "
+                        f"found {common.listing([*table, *rest])}")  # fmt: skip
+    if len(rest.columns):
+        print(f"{path}: not used: {common.listing(rest.columns)}")
     for name in numbers:
-        table[name] = pd.to_numeric(table[name].str.replace(",", "."), errors="coerce")
+        text = table[name].str.replace(r",(?!\d{3}$)", ".", regex=True)  # 1,020 may be a thousand
+        table[name] = pd.to_numeric(text, errors="coerce")
     film = table["image"].map(film_key).map(dict(zip(labels["image"].map(film_key), labels.index)))
     label = film.map(labels["label"])
     word = table.get("severity", pd.Series("", table.index)).str.lower()
@@ -635,6 +686,7 @@ def read_own_findings(path, labels):
     for wrong, what in [
         (film.isna(), "a film that has no label"),
         (~(table["radius"] > 0) | table[["x", "y"]].isna().any(axis=1), "no circle or box"),
+        ((table[numbers] <= 1).all(axis=1), "shares of the film in place of its pixels"),
         (severity.isna(), "a severity other than benign (B) or malignant (M)"),
         (worse | (label == NORMAL), "a finding that its film's label contradicts"),
     ]:
@@ -653,7 +705,10 @@ def read_mias(folder, settings):
     """Read Info.txt; y is turned over at the height of the first film that can be read."""
     info = [path for path in Path(folder).iterdir() if path.name.lower() == "info.txt"]
     if not info:
-        raise UserError(f"no Info.txt in {folder}; copy the database's there, or use --labels FILE")
+        raise UserError(
+            f"no Info.txt in {folder}; copy the database's there. Films of your own need --labels "
+            f"FILE, or folders called {', '.join(CLASS_NAMES)}, or as --classes says"
+        )
     height = 1024
     for path in common.film_paths(folder):
         with contextlib.suppress(UserError, OSError):  # a broken film is named later
@@ -674,7 +729,7 @@ def read_own(folder, settings):
 
 def stock_of(folder):
     """Return name, bytes and time of every file below a folder, to tell whether one changed."""
-    paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    paths = common.files_below(folder)
     stats = {path.relative_to(folder).as_posix(): path.stat() for path in paths}
     return [(name, status.st_size, status.st_mtime_ns) for name, status in stats.items()]
 
@@ -908,9 +963,7 @@ if __name__ == "__main__":
     size = canvas_size(settings.size, source)
     with common.in_words(folder):
         paths = match_films(labels, folder)
-        masks = common.film_paths(folder, masks=True)
-    if masks:
-        print(f"{len(masks)} files called ..._mask are left out")
+        common.say_left_out(folder)
     print(f"{len(paths)} films for {len(labels)} labels, canvas {size[0]} x {size[1]} px")
 
 
@@ -1007,8 +1060,19 @@ def bits_of_set(paths):
     return common.bits_in_use(sum(common.in_threads(count, paths, "looking at grey levels")))
 
 
-# %% Place every film: on all cores, into one array
-# The array lies in a nameless file, so that memory stays flat and a killed run leaves nothing.
+# %% An array for all films: it lies in a file without a name
+# So memory stays flat, and a killed run leaves nothing.
+def scratch_array(shape, folder):
+    """Return a writable uint8 array that lies in a nameless file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for _ in range(shape[0]):  # no holes: on a full disk a map of them would crash
+            file.write(bytes(shape[1] * shape[2]))
+        file.flush()
+        return np.memmap(file, np.uint8, "r+", shape=shape)
+
+
+# %% Place every film: on all cores, into that array
 # Films that were placed before, from the same files with the same settings, are taken as they are.
 VERSION = 4  # of reading films; a new one, or an edited function above, makes every array again
 
@@ -1028,16 +1092,6 @@ def prepare_film(path, image, laterality, size, source, crop="breast", bits=None
     except (UserError, ValueError, OSError) as error:
         row["problem"] = common.explain(error) if isinstance(error, OSError) else str(error)
         return np.zeros(size, np.uint8), {**row, "note": ""}
-
-
-def scratch_array(shape, folder):
-    """Return a writable uint8 array that lies in a file without a name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        for _ in range(shape[0]):  # no holes: on a full disk a map of them would crash
-            file.write(bytes(shape[1] * shape[2]))
-        file.flush()
-        return np.memmap(file, np.uint8, "r+", shape=shape)
 
 
 if __name__ == "__main__":
@@ -1201,17 +1255,48 @@ if __name__ == "__main__":
     common.table(splits.groupby("fold")["patient"].agg(["nunique", "size"]), "patients and films")
 
 
+# %% Copies: one film under two patients' names would lie on both sides of the split
+# Digests tell equal pixels only. A film that was mirrored, saved as JPEG or made brighter has
+# others, but a thumbnail of its canvas hardly changes.
+def near_copies(canvases, patients):
+    """Return pairs (n, m) of canvases of different patients that show nearly the same.
+
+    Compared are thumbnails of 32 x 18 px, of mean 0 and length 1: films of different patients of
+    MIAS lie 0.148 or more apart, a film and its copy as JPEG, or a little brighter, 0.04 or less.
+    """
+    small = [Image.fromarray(canvas).resize((18, 32), Image.BOX) for canvas in canvases]
+    small = np.stack([np.asarray(film, np.float32).ravel() for film in small])
+    small -= small.mean(axis=1, keepdims=True)
+    small /= np.linalg.norm(small, axis=1, keepdims=True).clip(1e-6)
+    near = NearestNeighbors(radius=0.07).fit(small).radius_neighbors_graph().tocoo()
+    pairs = zip(near.row.tolist(), near.col.tolist())
+    return [(n, m) for n, m in pairs if n < m and patients[n] != patients[m]]
+
+
+if __name__ == "__main__":
+    common.check_settings(settings, "01_prepare_data.py")
+    copies = near_copies(
+        (canvases[n] for n in usable.index[usable["image"].isin(used_labels["image"])]),
+        list(used_labels["patient"]),
+    )
+    if copies:
+        pairs = [" and ".join(used_labels["image"].iloc[list(pair)]) for pair in copies]
+        common.warn(f"{len(pairs)} pairs of films look alike, but are called different patients'; "
+                    f"copies would leak: {common.listing(pairs)}")  # fmt: skip
+
+
 # %% Circles: from film to canvas pixels
-# A circle whose centre lies on background is unusable (mdb212 and mdb214 of MIAS); one that the
-# crop would cut is a fault of the crop, and refused.
+# A circle whose centre lies on background is unusable (mdb212 and mdb214 of MIAS). One that the
+# crop cuts is used as far as it goes: on MIAS it would be a fault of the crop, of a box near the
+# skin it is not.
 def place_findings(findings, table, canvases, crop="breast"):
     """Add canvas_x, canvas_y and canvas_radius (px), empty for a circle that is unusable.
 
-    `table` has image and geometry, its index the row in `canvases`. UserError if a usable circle,
-    as far as it lies on the film, is not all inside the crop.
+    `table` has image and geometry, its index the row in `canvases`. What is unusable, or is cut by
+    the crop, is named in a warning.
     """
     findings = findings.reset_index(drop=True)
-    placed = np.full((len(findings), 3), np.nan)
+    placed, off, cut = np.full((len(findings), 3), np.nan), [], []
     number = dict(zip(table["image"], table.index))
     for place, row in enumerate(findings.itertuples()):
         if np.isnan(row.radius):
@@ -1222,16 +1307,23 @@ def place_findings(findings, table, canvases, crop="breast"):
         inside = 0 <= x < canvases.shape[2] and 0 <= y < canvases.shape[1]
         level = tissue_threshold(canvases[n]) if crop == "breast" else -1
         if not inside or canvases[n, int(y), int(x)] <= level:
-            common.warn(f"{row.image}: the circle's centre lies off the breast; not used")
+            off.append(row.image)
             findings.loc[row.Index, ["x", "y", "radius"]] = np.nan
             continue
         centre, last = np.array([row.x, row.y]), (g.film_width - 1, g.film_height - 1)
         start, end = ((centre + side * row.radius).clip(0, last) for side in (-1, 1))
         first = np.array([g.crop_left, g.crop_top])
         if (start < first).any() or (end > first + [g.crop_width - 1, g.crop_height - 1]).any():
-            raise UserError(f"{row.image}: the crop cuts its circle at {row.x}, {row.y}")
+            cut.append(row.image)
         placed[place] = x, y, row.radius * g.scale
     findings[["canvas_x", "canvas_y", "canvas_radius"]] = placed
+    for images, what in [(off, "have their centre off the breast, and are not used"),
+                         (cut, "reach out of the crop")]:  # fmt: skip
+        if images:
+            common.warn(f"{len(images)} circles {what}: {common.listing(images)}")
+    given = findings[["x", "y", "radius"]].dropna()
+    if len(given) and given.to_numpy().max() <= 100 < table["film_height"].min() / 4:
+        common.warn("all findings lie within 100 px of the top left corner: are they per cent?")
     return findings
 
 

@@ -415,7 +415,8 @@ def contact(url, patience=12.0):
 
 # ---------------------------------------------------------------------- reading films
 
-FILM_SUFFIXES = (".pgm", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm")
+FILM_SUFFIXES = (".pgm", ".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm")
+MASK = r"(^|[\W_])(masks?|gt|ground[\W_]?truths?|segmentations?|annotations?)([\W_\d]|$)"
 
 
 def read_film(path, bits=None, notes=None):
@@ -424,7 +425,7 @@ def read_film(path, bits=None, notes=None):
     Parameters
     ----------
     path : str or Path
-        A PGM (binary or ASCII), PNG, JPEG or TIFF; ``.dcm`` when pydicom is there.
+        A PGM (binary or ASCII), PNG, BMP, JPEG or TIFF; ``.dcm`` when pydicom is there.
     bits : int, optional
         A film of more than 8 bits is divided by ``2**bits - 1``, unless its header says more; by
         default by the depth that holds 99.99 % of its own pixels. What lies above is clipped.
@@ -456,15 +457,15 @@ def read_film(path, bits=None, notes=None):
             raise
         raise UserError(f"{path} cannot be decoded ({error}); copy it from the source") from None
     if pixels.dtype != np.uint8:
-        if not depth:
-            used = bits_in_use(bit_lengths(pixels))
-            depth = bits or used
-            if used < depth - 2:
-                said.append(f"has only {used} of the {bits} bits of the set, so that it is dark")
+        used = bits_in_use(bit_lengths(pixels))
+        of_header, depth = bool(depth), depth or bits or used
+        if used <= depth - 2:
+            whose = "its header" if of_header else "the set"
+            said.append(f"has only {used} of the {depth} bits of {whose}, so that it is dark")
         white = 2**depth - 1
         pixels = (pixels.clip(0, white) * (255 / white) + 0.5).astype(np.uint8)
-    bright = (pixels >= 240).mean()
-    if 0.2 < bright < 0.95 and bright > 2 * (pixels <= 15).mean():  # at most 0.18 on a film of MIAS
+    bright = (pixels >= 224).mean()
+    if 0.2 < bright < 0.95 and bright > 2 * (pixels <= 15).mean():  # at most 0.19 on a film of MIAS
         pixels = 255 - pixels
         said.append("taken for a negative, since its background is white, and inverted")
     if notes is not None:
@@ -476,7 +477,7 @@ def read_film(path, bits=None, notes=None):
 
 
 def read_image(path, said):
-    """Return the pixels of a PGM, PNG, JPEG or TIFF, and their depth if its header tells it."""
+    """Return the pixels of a film that Pillow reads, and their depth if its header tells it."""
     with Image.open(path) as image:
         pages = getattr(image, "n_frames", 1)
         if pages > 1:
@@ -486,12 +487,15 @@ def read_image(path, said):
                 sizes.append(image.size)
             image.seek(max(range(pages), key=lambda page: np.prod(sizes[page])))
             said.append(f"has {pages} pages, of which the largest is used")
-        if len(image.getbands()) > 1 and ";16" in str(image.tile):
+        tags = image.tag_v2 if image.format == "TIFF" else {}
+        layout = str(image.tile)
+        if len(image.getbands()) > 1 and (";16" in layout or max(tags.get(258, (8,))) > 8):
             raise ValueError("16 bits in several channels, of which 8 would be lost: save it grey")
-        white_is_zero = image.format == "TIFF" and image.tag_v2.get(262) == 0
-        scaled = 16 if image.format == "PPM" else None  # Pillow stretches those to the full range
+        # Pillow stretches a PGM to 16 bits, unless it is said to have them, true or not
+        stretched = image.format == "PPM" and not re.search("65535|I;16", layout)
         image = ImageOps.exif_transpose(image)
-        if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        deep, clear = image.mode.startswith(("I", "F")), image.info.get("transparency")
+        if image.mode in ("LA", "PA", "RGBA") or clear is not None and not deep:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
         if image.mode == "P" or len(image.getbands()) > 1:
@@ -500,6 +504,10 @@ def read_image(path, said):
                 said.append("has colours: marks on a film may give its label away")
             image = image.convert("L")  # a grey film that was saved in colour
         pixels = np.array(image)
+    if deep and clear is not None:
+        pixels[pixels == clear] = 0
+    if tags.get(258) == (32,) and tags.get(339, (1,)) == (1,):  # Pillow takes them for signed
+        pixels = pixels.view(np.uint32)
     if pixels.dtype == bool:
         return pixels.astype(np.uint8) * 255, 8
     if pixels.dtype == np.uint8:
@@ -507,14 +515,14 @@ def read_image(path, said):
     if not np.isfinite(pixels).all():
         raise ValueError("pixels that are NaN or infinite")
     if pixels.dtype.kind == "f" and 0 <= pixels.min() and pixels.max() <= 1:
-        pixels, scaled = pixels * 65535.0, 16
+        pixels, stretched = pixels * 65535.0, True
     pixels = np.rint(pixels).astype(np.int64)
     if pixels.min() < 0:  # signed: black is what all but a few pixels lie above
         pixels = pixels - int(np.quantile(pixels, 1e-4))
         said.append("has grey values below zero, the lowest of which were made black")
-    if white_is_zero:  # which Pillow minds in films of 8 bits only
+    if tags.get(262) == 0:  # WhiteIsZero, which Pillow minds in films of 8 bits only
         pixels = 2 ** bits_in_use(bit_lengths(pixels)) - 1 - pixels
-    return pixels, scaled
+    return pixels, 16 if stretched else None
 
 
 def bit_lengths(pixels):
@@ -552,8 +560,11 @@ def opened_dicom(path, **options):
 def dicom_header(path):
     """Return patient and laterality of a DICOM film, a dict of text, "" where it has none."""
     with opened_dicom(path, stop_before_pixels=True) as (_, film):
-        side = film.get("ImageLaterality") or film.get("Laterality") or ""
-        return {"patient": str(film.get("PatientID") or ""), "laterality": str(side)}
+        side = str(film.get("ImageLaterality") or film.get("Laterality"))
+        return {
+            "patient": str(film.get("PatientID") or ""),
+            "laterality": side if side in ("R", "L") else "",  # B: both, U: unpaired
+        }
 
 
 def read_dicom(path, said):
@@ -586,25 +597,57 @@ def read_dicom(path, said):
     return pixels, 16
 
 
-def film_paths(folder, masks=False):
-    """Return the film files in a folder and below, sorted, but for hidden ones and masks.
-
-    With `masks` return those in their place, files such as film_mask.png.
-    """
+def files_below(folder):
+    """Return all files in a folder and below, sorted, but for hidden ones; links are followed."""
 
     def refuse(error):
         raise error
 
-    paths = []
-    for root, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    paths, seen = [], set()
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        seen.add(os.path.realpath(root))  # a link may lead back up
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and os.path.realpath(os.path.join(root, name)) not in seen
+        ]
         paths += [Path(root, name) for name in names if not name.startswith(".")]
-    return sorted(
+    return sorted(paths)
+
+
+def is_mask(path):
+    """Tell a mask by its own or its folders' names: film_mask.png, masks/film.png, gt/film.png."""
+    return any(re.search(MASK, part, re.IGNORECASE) for part in [*path.parts[:-1], path.stem])
+
+
+def film_paths(folder):
+    """Return the film files in a folder and below, sorted, but for hidden ones and masks."""
+    return [
         path
-        for path in paths
-        if path.suffix.lower() in FILM_SUFFIXES
-        and bool(re.search(r"_mask(_\d+)?$", path.stem, re.IGNORECASE)) == masks
-    )
+        for path in files_below(folder)
+        if path.suffix.lower() in FILM_SUFFIXES and not is_mask(path.relative_to(folder))
+    ]
+
+
+def say_left_out(folder):
+    """Name the masks in a folder and below, and the images that are of a kind that is not read.
+
+    The latter by Pillow's list of suffixes; DICOM files without theirs, by their mark.
+    """
+    masks, others = [], []
+    for path in files_below(folder):
+        if path.suffix.lower() in FILM_SUFFIXES:
+            masks += [path.name] if is_mask(path.relative_to(folder)) else []
+        elif path.suffix.lower() in Image.registered_extensions():
+            others.append(path.name)
+        else:
+            with open(path, "rb") as file:
+                others += [path.name] if file.read(132)[128:] == b"DICM" else []
+    if masks:
+        print(f"{len(masks)} masks are left out: {listing(masks)}")
+    if others:
+        read = ", ".join(FILM_SUFFIXES)
+        warn(f"{len(others)} images are left out, not being called {read}: {listing(others)}")
 
 
 def matching(name):
@@ -713,8 +756,10 @@ def check_tables(labels, splits):
     name = labels["label"].map(dict(enumerate(CLASS_NAMES)))
     patients = splits.set_index("image")["patient"].reindex(labels["image"]).to_numpy()
     folds = splits.groupby("patient")["fold"].nunique()
+    sides = labels["laterality"].isin(["right", "left", ""])
     for wrong, what in [
         (labels["image"][name != labels["label_name"]], "label and label_name contradict"),
+        (labels["image"][~sides], "laterality other than right, left or nothing"),
         (labels["image"][labels["patient"] != patients], "another patient in splits.csv"),
         (folds.index[folds > 1], "patients in two folds of splits.csv; their films must share one"),
         (set(splits["fold"]) ^ set(range(splits["fold"].nunique())), "folds are not 0, 1, 2, ..."),
@@ -888,7 +933,7 @@ def show(figure, path=None):
 
 def listing(names, most=8):
     """Return names as text, the first few and how many more there are."""
-    names = [str(name) for name in names]
+    names = [text if len(text := str(name)) < 120 else f"{text[:120]} ..." for name in names]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 

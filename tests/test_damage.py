@@ -143,9 +143,18 @@ def test_the_same_film_under_two_names_is_refused(home):
 
 
 ROWS = {
-    "x off the film": ("mdb002 F CIRC B 5000 60 9", "mdb002: the circle's centre lies off"),
-    "y off the film": ("mdb002 F CIRC B 40 5000 9", "mdb002: the circle's centre lies off"),
-    "on the background": ("mdb002 F CIRC B 127 1 1", "mdb002: the circle's centre lies off"),
+    "x off the film": (
+        "mdb002 F CIRC B 5000 60 9",
+        "centre off the breast, and are not used: mdb002",
+    ),
+    "y off the film": (
+        "mdb002 F CIRC B 40 5000 9",
+        "centre off the breast, and are not used: mdb002",
+    ),
+    "on the background": (
+        "mdb002 F CIRC B 127 1 1",
+        "centre off the breast, and are not used: mdb002",
+    ),
     "no row for a film": ("", "1 films have no label and are left out: mdb002"),
     "a row without a film": ("mdb002 F NORM\nmdb099 F NORM", "error: 1 films are missing: mdb099"),
     "contradictory rows": ("mdb002 F NORM\nmdb002 F CIRC B", "error: Info.txt cannot be trusted"),

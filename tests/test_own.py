@@ -70,7 +70,7 @@ def test_1_digits_count_only_as_0_1_and_2_or_as_classes_says(home, capsys):
     assert words["label"].equals(found["label"])
     all_three = labels_of(home, "image,label,patient\na,0.0,p1\nb,1.0,p1\nc,2.0,p2\n")
     assert all_three["label"].tolist() == [0, 1, 2]
-    assert "0 is taken for benign, 1 for normal, 2 for malignant" in capsys.readouterr().out
+    assert "0 is taken for benign, 1 for normal, 2 for malignant" in capsys.readouterr().err
     assert "BI-RADS" in refused(labels_of, home, "image,label\na,1\nb,2\nc,5\n")
     assert "--classes" in refused(labels_of, home, "image,label\na,cancer\n")
     assert '"0=normal' in refused(labels_of, home, text, "0=healthy")
@@ -119,6 +119,26 @@ def test_3_a_patient_written_in_two_ways_is_one_and_said(home, capsys):
     assert "same patients" in capsys.readouterr().err
     labels_of(home, "image,label,patient\na,benign,NA\nb,normal,NA\nc,normal,2.0\nd,normal,2")
     assert "2 films of patient NA count as one" in capsys.readouterr().err
+    labels_of(home, "image,label,patient\na,benign,1.23457E+11\nb,normal,ANON12\nc,normal,3")
+    assert "patient 1.23457E+11, ANON12 count as one" in capsys.readouterr().err
+
+
+def test_3_a_film_saved_again_under_another_patient_is_named(home, capsys):
+    films = {f"f{n:02d}.png": common.phantom_film(0, n + 1, 256)[0] for n in range(12)}
+    twelve = [f"{name},{('normal', 'malignant')[n // 2 % 2]}," for n, name in enumerate(films)]
+    choice = saved(home, films, rows=[f"{row}p{n}" for n, row in enumerate(twelve)])
+    prepare_data(**choice)
+    assert "look alike" not in capsys.readouterr().err
+    for n, copy in {1: films["f00.png"][:, ::-1], 3: np.minimum(films["f02.png"], 250) + 5}.items():
+        Image.fromarray(copy).save(home / "scans" / f"f{n:02d}.png")
+    prepare_data(**choice)
+    said = capsys.readouterr().err
+    assert "2 pairs of films look alike" in said and "f00 and f01, f02 and f03" in said
+    table(
+        home, "\n".join(["image,label,patient", *(f"{r}p{n // 2}" for n, r in enumerate(twelve))])
+    )
+    prepare_data(**choice)  # of one patient they may
+    assert "look alike" not in capsys.readouterr().err
 
 
 TABLE = "image,label,patient\na,benign,ä\nb,normal,ä\n"
@@ -172,6 +192,54 @@ def test_5_films_lie_in_subfolders_and_only_a_known_suffix_is_cut_off(home):
     assert set(prepare.match_films(elsewhere, home / "scans")) == {"P1.L"}
 
 
+def test_5_films_below_linked_folders_are_found_and_accents_are_equal(home, capsys):
+    saved(home, {"lë/a.png": film(0)})  # as macOS writes it, e and its dots apart
+    saved(home, {"b.png": film(1)})
+    (home / "elsewhere").mkdir()
+    (home / "scans" / "b.png").rename(home / "elsewhere" / "b.png")
+    (home / "scans" / "linked").symlink_to(home / "elsewhere")
+    (home / "scans" / "linked" / "back").symlink_to(home / "scans")  # must not be walked for ever
+    found = prepare.match_films(pd.DataFrame({"image": ["l\u00eb/a", "linked/b"]}), home / "scans")
+    assert len(found) == 2 and len(common.film_paths(home / "scans")) == 2
+    assert len(prepare.stock_of(home / "scans")) == 2
+
+
+def test_5_images_that_are_not_read_and_masks_are_named(home, capsys):
+    films = {f"{c}/{n}.png": film(n + 10 * k) for k, c in enumerate(("benign", "normal"))
+             for n in range(6)}  # fmt: skip
+    saved(home, films)
+    scans = home / "scans"
+    for name in ("benign/masks/0.png", "gt/1.png", "normal/2_mask_1.png", "Ground truth/3.png",
+                 "normal/x_segmentation.tif"):  # fmt: skip
+        saved(home, {name: film(3)})
+    Image.fromarray(film(7)).save(scans / "benign" / "late.webp")
+    (scans / "benign" / "IM0001").write_bytes(bytes(128) + b"DICM")
+    (scans / "notes.txt").write_text("no image")
+    prepared = prepare_data(images=str(scans), size="64x64", folds=2)
+    said = capsys.readouterr()
+    assert len(prepared.films) == 12 and "5 masks are left out" in said.out
+    assert "2 images are left out, not being called .pgm" in said.err
+    assert "IM0001, late.webp" in said.err and "notes" not in said.err
+
+
+def test_5_folders_of_classes_lie_at_any_depth_and_a_table_may_not_contradict_them(home, capsys):
+    folders = ["train/benign", "test/benign", "train/normal"]
+    films = {f"{name}/{n}.png": film(n + 10 * k) for k, name in enumerate(folders)
+             for n in range(4)}  # fmt: skip
+    rows = [f"{name},{'normal' if n < 2 else name.split('/')[1]},{n}"
+            for n, name in enumerate(films)]  # fmt: skip
+    choice = saved(home, films, rows=rows)
+    prepared = prepare_data(images=choice["images"], size="64x64", folds=2)
+    assert prepared.labels["label_name"].value_counts().to_dict() == {"benign": 8, "normal": 4}
+    prepare_data(**choice)
+    assert "contradicts the name of their folder: train/benign/0, train/benign/1" in (
+        capsys.readouterr().err
+    )
+    saved(home, {"train/malig/1.png": film(30)})
+    assert "no Info.txt" in refused(prepare_data, images=choice["images"])
+    assert "but not train/malig/1; --classes" in capsys.readouterr().err
+
+
 def test_5_a_folder_for_each_class_needs_no_table(home, capsys):
     films = {f"{c}/{n}.png": film(n + 10 * k) for k, c in enumerate(("cancer", "Normal"))
              for n in range(6)}  # fmt: skip
@@ -189,7 +257,7 @@ def test_5_a_folder_for_each_class_needs_no_table(home, capsys):
     assert "thesis.docx" in message and ".tiff" in message
 
 
-def test_6_findings_are_circles_or_boxes_and_checked(home):
+def test_6_findings_are_circles_or_boxes_and_checked(home, capsys):
     choice = saved(home, many())
     boxes = "image;x0;y0;x1;y1;severity\nf00.png;20;50;40,0;80;benign\nf02;20;50;40;60;\n"
     findings = table(home, boxes, name="findings.csv")
@@ -200,11 +268,20 @@ def test_6_findings_are_circles_or_boxes_and_checked(home):
     assert prepared.labels["findings"].tolist() == [1, 0, 1] + [0] * 9
     for row, what in {"f01,30,60,5,": "contradicts in line 2", "f00,30,60,5,M": "contradicts",
                       "lost,30,60,5,": "no label in line 2", "f00,30,60,0,": "no circle",
-                      "f00,x,60,3,": "no circle", "f00,30,60,5,4": "severity"}.items():  # fmt: skip
+                      "f00,x,60,3,": "no circle", "f00,30,60,5,4": "severity",
+                      'f00,"1,020",60,3,': "no circle",
+                      "f00,.2,0.5,0.1,": "shares of the film"}.items():  # fmt: skip
         findings.write_text(f"image,x,y,radius,severity\n{row}\n")
         assert what in refused(prepare_data, **choice, findings=str(findings)), row
-    findings.write_text("image,x,y,radius\nf00,500,60,5\n")
-    assert prepare_data(**choice, findings=str(findings)).findings["radius"].isna().all()
+    capsys.readouterr()
+    findings.write_text("image,x,y,radius\nf00,500,60,5\nf02,120,2,5\nf03,10,64,40\n")
+    prepared = prepare_data(**choice, findings=str(findings))
+    assert prepared.findings["canvas_radius"].notna().tolist() == [False, False, True]
+    said = capsys.readouterr().err
+    assert "2 circles have their centre off the breast, and are not used: f00, f02" in said
+    findings.write_text("image,Xmin,Ymin,Xmax,Ymax,reader\nf00,20,50,40,80,A\n")
+    assert prepare_data(**choice, findings=str(findings)).findings["radius"][0] == 15
+    assert "not used: reader" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------- B. orientation
@@ -230,6 +307,9 @@ def test_8_a_side_that_contradicts_the_film_is_named_and_a_swapped_column_too(ho
         assert ("probably swapped" in said) == (wrong == 12)
     changed = {"Read the labels": "labels['laterality'] = 'L'"}  # typed in a cell
     assert set(prepare_data(changed, **saved(home, many())).labels["laterality"]) == {"left"}
+    table_of = common.data_dir("own") / "labels.csv"
+    table_of.write_text(table_of.read_text().replace(",left,", ",L,"))  # by hand
+    assert "laterality other than right, left" in refused(common.load_prepared, "own")
     changed = {"Read the labels": "labels['laterality'] = 'up'"}
     assert "laterality up" in refused(prepare_data, changed, **saved(home, many()))
 
@@ -268,6 +348,12 @@ def test_10_the_grey_scale_is_the_sets_and_hangs_on_no_pixel(home, capsys):
     lines = capsys.readouterr().err.splitlines()
     (line,) = [line for line in lines if "has only 12 of the 16 bits of the set" in line]
     assert "5 of 6 films" in line and "f11" not in line
+    for n in (4, 5, 6):
+        films[f"f{n:02d}.png"] //= 4  # three of six scanned with 10 bits
+    del films["f11.png"]
+    prepare_data(**saved(home, films))
+    (line,) = [n for n in capsys.readouterr().err.splitlines() if "10 of the 12 bits" in n]
+    assert "4 of 11 films" in line  # with the faint one
     for top in (4095, 4096, 65535):  # one film alone, as step 5 reads it
         films["f00.png"][5, 120] = top
         Image.fromarray(films["f00.png"]).save(home / "a.png")
@@ -284,6 +370,38 @@ def test_11_16_bits_in_several_channels_are_refused(home):
     png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows))
     (home / "a.png").write_bytes(png + chunk(b"IEND", b""))
     assert "16 bits in several channels" in refused(common.read_film, home / "a.png")
+
+
+def test_11_planar_tiffs_of_16_bits_are_refused_too(home):
+    data = np.zeros((3, 8, 8), "<u2").tobytes()
+    entries = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 3, 200), (259, 3, 1, 1), (262, 3, 1, 2),
+               (273, 4, 3, 220), (277, 3, 1, 3), (278, 3, 1, 8), (279, 4, 3, 240),
+               (284, 3, 1, 2)]  # fmt: skip
+    body = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    body += b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    body = body.ljust(200, b"\0") + struct.pack("<3H", 16, 16, 16)
+    body = body.ljust(220, b"\0") + struct.pack("<3I", 300, 428, 556)
+    body = body.ljust(240, b"\0") + struct.pack("<3I", 128, 128, 128)
+    (home / "a.tif").write_bytes(body.ljust(300, b"\0") + data)
+    assert "16 bits in several channels" in refused(common.read_film, home / "a.tif")
+
+
+def test_12_a_transparent_level_of_16_bits_is_black(home):
+    picture = deep(film(), 12)
+    picture[:20, 100:] = 3000
+    Image.fromarray(picture).save(home / "a.png", transparency=3000)
+    found = common.read_film(home / "a.png")
+    assert not found[:20, 100:].any()
+    assert np.abs(found.astype(int) - film())[20:].max() <= 1
+
+
+def test_13_unsigned_pixels_of_32_bits_are_not_taken_for_signed(home, capsys):
+    wide = film().astype(np.uint32) * (2**32 // 256)
+    Image.fromarray(wide.astype("<u4").view("<i4")).save(home / "a.tif")
+    signed, unsigned = (struct.pack("<HHII", 339, 3, 1, n) for n in (2, 1))
+    (home / "a.tif").write_bytes((home / "a.tif").read_bytes().replace(signed, unsigned))
+    assert np.abs(common.read_film(home / "a.tif").astype(int) - film()).max() <= 1
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -311,6 +429,10 @@ def test_13_signed_and_float_pixels_start_at_black(home, capsys):
 def test_14_a_negative_is_inverted_and_named(home, capsys):
     Image.fromarray(255 - film()).save(home / "a.png")
     assert np.array_equal(common.read_film(home / "a.png"), film())
+    assert "taken for a negative" in capsys.readouterr().err
+    Image.fromarray((230 - film() * 0.9).astype(np.uint8)).save(home / "a.png")  # a grey one
+    found = common.read_film(home / "a.png").astype(float)
+    assert np.corrcoef(found.ravel(), film().ravel())[0, 1] > 0.999
     assert "taken for a negative" in capsys.readouterr().err
 
 
@@ -514,7 +636,7 @@ def test_25_whole_images_of_another_modality_and_masks_left_out(home, small, cap
     findings = table(home, "image,x,y,radius\ns00,100,10,4\n", name="findings.csv")
     prepared = prepare_data(**choice, crop="none", findings=str(findings))
     said = capsys.readouterr()
-    assert "3 files called ..._mask are left out" in said.out and "turned" not in said.err
+    assert "3 masks are left out" in said.out and "turned" not in said.err
     assert not prepared.table["mirrored"].any()
     shrunk = np.asarray(Image.fromarray(films["s00.png"]).resize((64, 48), Image.BILINEAR))
     assert np.abs(prepared.films[0][:48].astype(int) - shrunk).max() <= 1
