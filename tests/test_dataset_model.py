@@ -240,6 +240,12 @@ def test_largest_rotation_scale_and_shift_are_as_declared(monkeypatch):
     assert found == pytest.approx([0.2, 0.2], abs=0.01)
 
 
+def test_sampling_grid_is_pytorchs_own():
+    theta = torch.randn(4, 3, 3, generator=generator())
+    library = torch.nn.functional.affine_grid(theta[:, :2], (4, 1, 20, 12), align_corners=False)
+    assert torch.allclose(data.sampling_grid(theta, 20, 12), library, 0, 1e-6)
+
+
 def test_new_kind_of_augmentation_is_one_function_and_one_line(monkeypatch):
     def noise(films, strength, generator):
         """Add noise of a standard deviation of `strength`."""
