@@ -320,6 +320,16 @@ def probabilities(logits, temperature, prior):
     return F.softmax(calibrated(logits, temperature, prior), dim=1).numpy()
 
 
+def decide(probabilities, prior, tempering):
+    """Return the classes (n,) whose probability divided by prior ** tempering is largest.
+
+    0: the likeliest class, which is nearly always the commonest; 1: as if all were as common.
+    """
+    if not 0 <= tempering <= 1:
+        raise UserError(f"--tempering {tempering}: expected 0 (the likeliest class) to 1")
+    return (probabilities / np.asarray(prior) ** tempering).argmax(1)
+
+
 def fit_temperature(logits, labels, prior):
     """Return the temperature, 0.05 to 20, that makes validation labels (n,) most likely."""
     candidates = torch.linspace(-3, 3, 1201).exp()  # steps of half a per cent

@@ -445,6 +445,17 @@ def threshold_by_hand(fold, recall, alone):
     return ranked[math.ceil(recall * len(ranked) - 1e-9) - 1] if len(ranked) else 0
 
 
+def called(p, priors):
+    """Return what films are called by probabilities (n, 3), a prior for each, at the default."""
+    return np.array([np.argmax(row / prior**0.33) for row, prior in zip(p, np.asarray(priors))])
+
+
+def priors_of(run):
+    """Return the class frequencies of each prediction's fold, (n, 3)."""
+    return np.array([next(f.prior.numpy() for f in run.folds if f.number == n)
+                     for n in run.table["fold"]])  # fmt: skip
+
+
 def test_evaluation_writes_the_files_of_the_contract(run):
     columns = "image patient fold label p_benign p_normal p_malignant predicted".split()
     assert list(run.table) == columns + ALONE and len(run.table) == 48
@@ -452,7 +463,7 @@ def test_evaluation_writes_the_files_of_the_contract(run):
     assert len(joined.merge(run.prepared.labels, on=["image", "patient", "label"])) == 48
     for p in (run.table[ALONE].to_numpy(), run.table[P].to_numpy()):
         assert p.sum(1) == pytest.approx(1, abs=5e-6) and (p >= 0).all() and p.std(0).min() > 1e-3
-    assert (run.table["predicted"] == p.argmax(1)).all()
+    assert (run.table["predicted"] == called(p, priors_of(run))).all()
     named = {"source": "phantom", "weights": run.record["weights_used"], "seed": 0, "n": 48}
     assert run.values["split_seed"] == 0 and run.values["note"] == run.record["note"] == ""
     assert run.values["synthetic"] is True and {**run.values, **named} == run.values
@@ -505,12 +516,30 @@ def test_every_film_is_predicted_by_the_model_that_never_saw_its_patient(run):
 
 def test_film_alone_puts_its_own_probabilities_in_place_and_leaves_the_rest(run):
     before = run.table.copy()
-    alone = step.film_alone(run.table)
+    alone = step.film_alone(run.table, run.folds, 0.33)
     assert (alone[P].to_numpy() == run.table[ALONE].to_numpy()).all()
-    assert (alone["predicted"] == run.table[ALONE].to_numpy().argmax(1)).all()
+    assert (alone["predicted"] == called(run.table[ALONE].to_numpy(), priors_of(run))).all()
     rest = [name for name in run.table if name not in (*P, "predicted")]
     pd.testing.assert_frame_equal(alone[rest], run.table[rest])
     pd.testing.assert_frame_equal(run.table, before)
+
+
+def test_the_likeliest_class_stands_beside_the_decision(run):
+    found, label = run.done.decision, run.table["label"]
+    named = {"likeliest class": run.table[P].to_numpy().argmax(1),
+             "tempering 0.33": run.table["predicted"]}  # fmt: skip
+    for way, predicted in named.items():
+        value = found[way, "value"]
+        assert value["accuracy"] == pytest.approx(sk.accuracy_score(label, predicted), abs=1e-6)
+        recall = sk.recall_score(label, predicted, average=None)
+        assert value[[f"{c} recall" for c in CLASS_NAMES]].tolist() == pytest.approx(list(recall))
+    kept = run.values["metrics_likeliest_class"]["accuracy"]["value"]
+    assert kept == pytest.approx(found["likeliest class", "value"]["accuracy"])
+    p, prior = np.array([[0.2, 0.5, 0.3], [0.1, 0.8, 0.1]]), [0.2, 0.64, 0.16]
+    for tempering, wanted in {0: [1, 1], 0.33: [1, 1], 0.5: [2, 1], 1: [2, 1]}.items():
+        assert network.decide(p, prior, tempering).tolist() == wanted, tempering
+    with pytest.raises(UserError, match="--tempering 2: expected 0"):
+        network.decide(p, prior, 2)
 
 
 def test_table_of_the_other_breast_shows_both_ways_as_scikit_learn_has_them(run):
@@ -524,7 +553,8 @@ def test_table_of_the_other_breast_shows_both_ways_as_scikit_learn_has_them(run)
         ("beside the other breast", P, False),
     ]:
         p = predictions[columns].to_numpy()  # six digits can make ties
-        table = run.table[["label"]].assign(predicted=p.argmax(1), **dict(zip(P, p.T)))
+        named = called(p, priors_of(run))
+        table = run.table[["label"]].assign(predicted=named, **dict(zip(P, p.T)))
         limits = [threshold_by_hand(fold, 0.8, alone) for fold in run.folds]
         recalled = p[:, MALIGNANT] >= np.array(limits)[run.table["fold"]] - 1e-6
         wanted = by_sklearn(table, recalled)
@@ -703,7 +733,8 @@ def test_own_films_of_any_format_and_odd_size_get_the_mean_of_the_folds_models(o
     assert p[:3] == pytest.approx(p[[0] * 3], abs=1e-5) and p[3] == pytest.approx(p[0], abs=0.05)
     known = [by_hand(fold, run.prepared.films[[own.known]])[0] for fold in run.folds]
     assert p[5] == pytest.approx(np.mean(known, axis=0), abs=1e-4)
-    assert own.table["predicted"].tolist() == [CLASS_NAMES[c] for c in p.argmax(1)]
+    prior = np.mean([fold.prior.numpy() for fold in run.folds], axis=0)
+    assert own.table["predicted"].tolist() == [CLASS_NAMES[c] for c in called(p, [prior] * 6)]
     threshold = np.mean([threshold_by_hand(fold, 0.8, alone=True) for fold in run.folds])
     assert own.table["threshold"].tolist() == pytest.approx([threshold] * 6, rel=1e-3)
     assert own.table["recalled"].tolist() == (p[:, MALIGNANT] >= own.table["threshold"]).tolist()

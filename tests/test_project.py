@@ -92,13 +92,13 @@ def test_a_cell_is_a_paragraph():
     assert statistics.median(lengths) <= 15
 
 
-def test_the_settings_are_46_at_most():
+def test_the_settings_are_50_at_most():
     fields = 0
     for name in [*SCRIPTS, "common.py"]:
         for part in ast.parse((PROJECT / name).read_text(encoding="utf-8")).body:
             if isinstance(part, ast.ClassDef) and part.name.endswith("Settings"):
                 fields += sum(isinstance(line, ast.AnnAssign) for line in part.body)
-    assert fields <= 46
+    assert fields <= 50
 
 
 def test_importing_the_steps_prints_and_writes_nothing(tmp_path):
