@@ -41,6 +41,7 @@ class Settings(common.BatchSettings):
     source: str = "auto"  # mias, phantom, own; auto: what was prepared last
     fold: str = "0"  # the fold that is the test set; in step 4 also several (0,2) or all
     validation: float = 0.2  # share of the other patients: 1/2, 1/3, 1/4, 1/5 ... is nearest
+    train_share: float = 1.0  # of the training patients, 1, 1/2, 1/3 ...: for a learning curve
     augment: float = 1.0  # multiplies the strengths of the augmentation; 0 switches it off
 
 
@@ -60,14 +61,19 @@ def named_folds(text, splits):
     return list(dict.fromkeys(int(name) for name in names))
 
 
-def fold_parts(prepared, fold, validation=0.2):
+def fold_parts(prepared, fold, validation=0.2, train_share=1.0):
     """Return row numbers, {"train", "validation", "test": ndarray of int}, of one fold."""
     if not 0 < validation <= 0.5:
         raise UserError(f"--validation {validation}: expected a share above 0, 0.5 at most")
+    if not 0 < train_share <= 1:
+        raise UserError(f"--train-share {train_share}: expected a share above 0, 1 at most")
     tested = (prepared.splits["fold"] == fold).to_numpy()
     rest = prepared.labels[~tested]
     kept = prepare.deal_patients(rest, round(1 / validation), seed=fold, fewest=1) == 0
-    rows = {"train": rest.index[~kept], "validation": rest.index[kept]}
+    train = rest[~kept]
+    if train_share < 1:
+        train = train[prepare.deal_patients(train, round(1 / train_share), fold, fewest=1) == 0]
+    rows = {"train": train.index, "validation": rest.index[kept]}
     rows["test"] = prepared.labels.index[tested]
     patients = [set(prepared.labels["patient"][part]) for part in rows.values()]
     assert len(set.union(*patients)) == sum(map(len, patients)), "a patient is in two parts"
@@ -176,7 +182,7 @@ if __name__ == "__main__":
     common.check_settings(settings, "02_dataset.py")
     prepared = common.open_prepared(settings.source)
     look_fold = named_folds(settings.fold, prepared.splits)[0]
-    parts = fold_parts(prepared, look_fold, settings.validation)
+    parts = fold_parts(prepared, look_fold, settings.validation, settings.train_share)
     names = prepared.labels["label_name"]
     parts_mix = pd.DataFrame({part: names[rows].value_counts() for part, rows in parts.items()})
     in_order = [name for name in CLASS_NAMES if name in parts_mix.index]

@@ -43,8 +43,8 @@ network = importlib.import_module("03_model")
 class Settings(data.Settings, network.Settings, common.RunSettings):
     """One training run; `settings.fold = "all"` and the like also set what is inherited.
 
-    From step 2: source, fold, validation, augment; from step 3: weights, recipe, freeze, dropout;
-    from common.py: seed, batch_size, run, device, precision.
+    From step 2: source, fold, validation, train_share, augment; from step 3: weights, recipe,
+    freeze, dropout; from common.py: seed, batch_size, run, device, precision.
     """
 
     script = "04_train.py"
@@ -119,7 +119,7 @@ def make_plan(settings, prepared, weights=None):
 # processes; a single one is trained by all of them together.
 def fold_films(prepared, fold, plan):
     """Return the training and the validation films of a fold."""
-    parts = data.fold_parts(prepared, fold, plan.validation)
+    parts = data.fold_parts(prepared, fold, plan.validation, plan.train_share)
     labels = data.shuffled_labels(prepared.labels, plan.seed) if plan.shuffle_labels else None
     return [data.MammogramDataset(prepared, parts[p], labels) for p in ("train", "validation")]
 
@@ -133,7 +133,8 @@ if __name__ == "__main__":
     dealt = count > 1 and len(all_folds) > 1
     folds = all_folds[rank::count] if dealt else all_folds
     train_films, validation_films = fold_films(prepared, (folds or all_folds)[0], plan)
-    films_for = {n: getattr(plan, n) for n in ("source", "fold", "validation", "shuffle_labels")}
+    chosen_by = ("source", "fold", "validation", "train_share", "shuffle_labels")
+    films_for = {name: getattr(plan, name) for name in chosen_by}
     print(f"folds {common.listing(all_folds)}; in the first {len(train_films)} films train and "
           f"{len(validation_films)} validate")  # fmt: skip
 

@@ -29,3 +29,13 @@ def test_a_quick_try_gives_every_figure_and_keeps_to_its_own_folder(home):
     own = {("data", "benchmarks"), ("runs", "benchmarks.csv")}
     assert kept == {*own, ("data", "phantom"), ("runs", "quality")}
     assert set((home / "data" / "phantom").rglob("*.*")) == set(list(mine)[:2])
+
+
+def test_a_quick_try_of_the_learning_curve_is_drawn(home):
+    words = ["--quick", "--only", "curve", "--seeds", "1"]
+    done = run_script("tests/benchmarks/benchmarks.py", *words, timeout=900)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(home / "runs" / "benchmarks.csv")
+    assert len(table) == 9 and table["value"].between(0, 1).all()
+    assert "25% of the training patients, n = 48" in done.stdout
+    assert (home / "runs" / "learning-curve.png").stat().st_size > 10000

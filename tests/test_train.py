@@ -280,6 +280,20 @@ def test_share_of_validation_patients_is_a_setting_and_noted(tiny):
         go_on(validation=0.4)
 
 
+def test_a_share_of_the_training_patients_changes_nothing_of_the_other_parts(tiny):
+    whole, half = data.fold_parts(tiny, 0), data.fold_parts(tiny, 0, train_share=0.5)
+    for part in ("validation", "test"):
+        assert whole[part].tolist() == half[part].tolist()
+    patients = tiny.labels["patient"]
+    kept, every = (set(patients[parts["train"]]) for parts in (half, whole))
+    assert kept < every and abs(len(kept) - len(every) / 2) <= 2
+    assert half["train"].tolist() == [n for n in whole["train"] if patients[n] in kept]
+    assert set(tiny.labels["label"][half["train"]]) == {0, 1, 2}
+    assert train(train_share=0.5).train_films.rows.tolist() == half["train"].tolist()
+    with pytest.raises(UserError, match="--train-share 0.*above 0, 1 at most"):
+        train(train_share=0)
+
+
 @pytest.mark.parametrize("share", [0, 0.6, -0.2])
 def test_share_of_validation_patients_that_leaves_none_or_too_few_is_refused(tiny, share):
     with pytest.raises(UserError, match=f"--validation {share}.*0.5 at most"):

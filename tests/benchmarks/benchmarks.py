@@ -1,12 +1,13 @@
 """Benchmarks: how fast the project is, as ratios measured in one run on one machine.
 
 In:  synthetic phantoms (made in data/benchmarks), or the MIAS films that step 1 prepared.
-Out: runs/benchmarks.csv and the same table on the screen. No film or run of yours is touched;
-     data/benchmarks can be deleted afterwards.
+Out: runs/benchmarks.csv and the same table on the screen; curve's picture beside it. No film or
+     run of yours is touched; data/benchmarks can be deleted afterwards.
 
-    python tests/benchmarks/benchmarks.py                     everything but quality
+    python tests/benchmarks/benchmarks.py                     everything but quality and curve
     python tests/benchmarks/benchmarks.py --only epoch bf16   some of the benchmarks
     python tests/benchmarks/benchmarks.py --only quality      what bf16 does to what is learned
+    python tests/benchmarks/benchmarks.py --only curve        what more training patients do to it
     python tests/benchmarks/benchmarks.py --quick             a try on tiny films
 
 Nothing else should run on the machine. What is compared runs in turns, so that a machine that
@@ -33,6 +34,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(globals().get("__file__", "cell")).resolve().parents[2]))
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -47,7 +49,7 @@ from common import UserError
 
 steps = importlib.import_module("04_train")
 data, network, prepare = steps.data, steps.network, steps.data.prepare
-NAMES = ("epoch", "ordinary", "preparation", "flat", "bf16", "quality")
+NAMES = ("epoch", "ordinary", "preparation", "flat", "bf16", "quality", "curve")
 
 
 # %% Settings: change a value and run the cells below again; each name is a command-line flag
@@ -56,7 +58,7 @@ class Settings:
     """What to measure, and on what."""
 
     source: Literal["phantom", "mias"] = "phantom"  # mias: as step 1 prepared it
-    only: Tuple[str, ...] = NAMES[:-1]  # some of NAMES; quality trains for long
+    only: Tuple[str, ...] = NAMES[:-2]  # some of NAMES; quality and curve train for long
     quick: bool = False  # a try: tiny films, one round
     size: str = "512x288"  # canvas, height x width in px, of all but flat
     films: int = 0  # prepared films, 64 % of them train; 0: 160, on a GPU 3220
@@ -65,7 +67,7 @@ class Settings:
     flat_size: str = "64x36"  # canvas of flat, where the number of films matters, not their size
     flat_films: int = 32200  # the largest number of films of flat; also a tenth and a hundredth
     flat_steps: int = 300  # batches that flat times, drawn from the whole training set
-    seeds: int = 3  # trainings of quality in each precision
+    seeds: int = 3  # trainings of quality in each precision, of curve with each share
     epochs: int = 0  # of each of them; 0: as many as step 4 takes
     weights: str = "auto"  # they start from, as in step 4
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -144,15 +146,17 @@ def below(home):
     return mock.patch.dict(os.environ, folders)
 
 
-def run_script(name, home, **flags):
+def run_script(name, home, looks=False, **flags):
     """Run a script with flags, data and runs below `home`; return its variables.
 
-    Its cells that only look are left out, since pictures are not what is timed.
+    Unless `looks`, its cells that only look are left out, since pictures are not what is timed.
     """
     text = (common.PROJECT / name).read_text(encoding="utf-8")
     path = home / name
     home.mkdir(parents=True, exist_ok=True)
-    path.write_text(re.sub(r"(?ms)^# %% Look.*?(?=^# %%|\Z)", "", text), encoding="utf-8")
+    if not looks:
+        text = re.sub(r"(?ms)^# %% Look.*?(?=^# %%|\Z)", "", text)
+    path.write_text(text, encoding="utf-8")
     words = [str(path)]
     for flag, value in flags.items():
         words += [f"--{flag.replace('_', '-')}"] + ([] if value is True else [str(value)])
@@ -697,6 +701,54 @@ def quality(base, settings, home):
 
 if __name__ == "__main__" and "quality" in settings.only:
     results["quality"] = quality(base, settings, home)
+
+
+# %% The learning curve: all folds with a quarter, a half and all of the training patients
+SHARES = (0.25, 0.5, 1.0)
+CURVES = {"AUC malignant": "#D55E00", "AUC abnormal": "#0072B2", "macro F1": "#009E73"}
+
+
+def learning_curve(base, settings, home):
+    """Return pooled test metrics for each share of the training patients, seed by seed."""
+    folder = Path(base.table["file"].iloc[0]).parent
+    run_step_1(settings, home, images=folder, allow_partial=True)
+    names = "source device batch_size epochs weights precision".split()
+    flags = {name: getattr(settings, name) for name in names}
+    found = []
+    for seed in range(settings.seeds):
+        for share in SHARES:
+            run = f"share-{share:g}-seed-{seed}"
+            run_script("04_train.py", home, run=run, fold="all", train_share=share, seed=seed,
+                       overwrite=True, **flags)  # fmt: skip
+            metrics = run_script("05_evaluate.py", home, looks=True, run=run)["metrics"]
+            found += [{"share": share, "seed": seed, "metric": name, **metrics.loc[name]}
+                      for name in CURVES]  # fmt: skip
+    return pd.DataFrame(found)
+
+
+def draw_curve(found, n, path):
+    """Draw the mean over the seeds, and each seed's 95 % interval over patients."""
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for place, (name, colour) in enumerate(CURVES.items()):
+        part = found[found["metric"] == name]
+        mean = part.groupby("share")["value"].mean()
+        axis.plot(100 * mean.index, mean, "o-", color=colour, label=name)
+        x = 100 * part["share"] + 2 * (place - 1) + part["seed"] / 2
+        axis.vlines(x, part["low"], part["high"], color=colour, alpha=0.4)
+    axis.axhline(0.5, color="#999999", ls="--", label="chance of an AUC")
+    axis.set(xlabel="training patients (%)", ylabel="test value", xticks=[25, 50, 100])
+    axis.set_title(f"n = {n} films, mean of {found['seed'].nunique()} training seeds; bars: 95 % "
+                   "over patients", fontsize=9)  # fmt: skip
+    axis.legend(fontsize=8)
+    common.show(figure, path)
+
+
+if __name__ == "__main__" and "curve" in settings.only:
+    curve = learning_curve(base, settings, home)
+    draw_curve(curve, len(base.films), common.runs_dir("learning-curve.png"))
+    means = curve.groupby(["metric", "share"])["value"].mean()
+    results["curve"] = [row("curve", f"{name}, {share:.0%} of the training patients", value, "")
+                        for (name, share), value in means.items()]  # fmt: skip
 
 
 # %% The whole table
