@@ -945,7 +945,7 @@ if __name__ == "__main__":
 # %% The size of the canvas
 # 512 x 288 px has the shape of a cropped breast (about 1 : 2) and leaves the median lesion 41 px
 # wide; at 224 px, the usual size, 43 % of the lesions are smaller than one place of the network's
-# map.
+# map. 1024x576 has all that the films have; step 4 then trains on windows of it.
 def canvas_size(text, source):
     """Read a size such as "512x288" as (height, width) in px."""
     if not isinstance(text, str):

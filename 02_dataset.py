@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 import common
-from common import CLASS_NAMES, MALIGNANT, NORMAL, UserError
+from common import BENIGN, CLASS_NAMES, MALIGNANT, NORMAL, UserError
 
 prepare = importlib.import_module("01_prepare_data")
 
@@ -282,16 +282,52 @@ def contrast(films, strength, generator):
     return films * torch.exp(between(strength, generator)).to(films.device)[:, None, None, None]
 
 
+# %% Windows: a part of a large canvas, so that a step sees full resolution at the old price
+# At 1024 rows a film has four times the pixels of 512, and a lesion four times its own. Training
+# looks at windows of half the canvas' sides: three of four times at a circle, where the film has
+# one, else anywhere on the breast. A window is called what its circles say, whatever its film is.
+def window_centres(dataset, rows, window, generator):
+    """Draw where to look at films, given by their row numbers: float (B, 2), x and y, -1 to 1."""
+    height, width = dataset.films.shape[1:]
+    drawn, centres = torch.rand(len(rows), 4, generator=generator).tolist(), []
+    for row, (lesion, which, across, down) in zip(np.asarray(rows), drawn):
+        circles = dataset.circles.get(dataset.images[row], [])
+        if circles and lesion < 0.75:
+            circle = circles[int(which * len(circles))]
+            room = [max(side * window / 2 - circle.canvas_radius, 8) for side in (width, height)]
+            x = circle.canvas_x + (2 * across - 1) * room[0]
+            y = circle.canvas_y + (2 * down - 1) * room[1]
+        else:
+            ys, xs = np.nonzero(dataset.films[row, ::32, ::32])
+            place = int(which * len(xs))
+            y, x = (32 * ys[place], 32 * xs[place]) if len(xs) else (height / 2, width / 2)
+        centres.append((2 * (x + 0.5) / width - 1, 2 * (y + 0.5) / height - 1))
+    return torch.tensor(centres, dtype=torch.float32).clamp(window - 1, 1 - window)
+
+
+def window_labels(labels, maps, known):
+    """Return the labels (B,) of windows whose maps (B, 2, h, w) are `known`, the films' else.
+
+    A lesion counts from four pixels of the map on.
+    """
+    benign, malignant = ((maps > 0.5).sum((2, 3)) > 3).cpu().unbind(1)
+    seen = torch.where(benign, BENIGN, torch.full_like(labels, NORMAL))
+    seen = torch.where(malignant, MALIGNANT, seen)
+    return torch.where(known.cpu() & (labels != NORMAL), seen, labels)
+
+
 # %% Augmentation: how strong each kind is, for benign, normal and malignant films
 # The rarer classes, drawn again and again by the sampler, are varied more; not much more, or a
 # network could tell them by it. A new kind is one function above and one line here.
-AUGMENTATION = {
-    gamma: (0.30, 0.20, 0.30),  # exponent between exp(-0.3) and exp(0.3)
-    contrast: (0.25, 0.15, 0.25),  # factor between exp(-0.25) and exp(0.25)
+MOVES = {
     mirror: (0.5, 0.5, 0.5),  # probability
     scale: (0.15, 0.10, 0.15),  # share of the size
     rotation: (15.0, 10.0, 15.0),  # degrees
     shift: (0.03, 0.02, 0.03),  # share of the canvas side
+}
+GREYS = {
+    gamma: (0.30, 0.20, 0.30),  # exponent between exp(-0.3) and exp(0.3)
+    contrast: (0.25, 0.15, 0.25),  # factor between exp(-0.25) and exp(0.25)
 }
 
 
@@ -302,27 +338,32 @@ def sampling_grid(theta, height, width):
     return x[:, None] * theta[..., 0] + y[:, None, None] * theta[..., 1] + theta[..., 2]
 
 
-def augment(films, labels, generator, strength=1.0, maps=None):
+def augment(films, labels, generator, strength=1.0, maps=None, window=1.0, centres=None):
     """Vary films (B, 1, H, W), float32, 0 to 1; maps over the same canvas go where they go.
 
     `labels` (B,) choose the strengths, `strength` multiplies them, `generator` lies on the CPU so
-    that a run repeats on any device. Returns films and maps (or None).
+    that a run repeats on any device. Of films with `centres` (B, 2) a `window` is left, whose sides
+    are that share of theirs. Returns films and maps (or None).
     """
-    if strength == 0:
+    if strength == 0 and centres is None:
         return films, maps
+    limits = {kind: strength * torch.tensor(each)[labels.cpu()]
+              for kind, each in {**MOVES, **GREYS}.items()}  # fmt: skip
     theta = torch.eye(3).repeat(len(films), 1, 1)
-    for kind, limits in AUGMENTATION.items():
-        made = kind(films, strength * torch.tensor(limits)[labels.cpu()], generator)
-        if made.shape == theta.shape:
-            theta = made @ theta
-        else:
-            films = made.clamp(0, 1)
+    for kind in MOVES:
+        theta = kind(films, limits[kind], generator) @ theta
+    if centres is not None:
+        theta = matrices(xx=window, yy=window, x=centres[:, 0], y=centres[:, 1]) @ theta
 
     def move(images):
-        grid = sampling_grid(theta.to(films.device), *images.shape[2:])
+        sides = [round(side * window) for side in images.shape[2:]]
+        grid = sampling_grid(theta.to(films.device), *sides)
         return F.grid_sample(images, grid, align_corners=False)
 
-    return move(films), None if maps is None else move(maps)
+    films, maps = move(films), None if maps is None else move(maps)
+    for kind in GREYS:
+        films = kind(films, limits[kind], generator).clamp(0, 1)
+    return films, maps
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Out: build_model() and what belongs to it. Nothing is written but a figure.
 
 # %% Imports: this script finds its own folder first, whatever the working directory is
 import importlib
+import math
 import pickle
 import re
 import struct
@@ -260,7 +261,9 @@ def predict(model, dataset, batch_size=8, dtype=torch.float32, progress=None, ma
     hook = stage.register_forward_hook(keep) if maps else None
     model.eval()
     try:
-        for films, _, _ in data.batches(dataset, batch_size):
+        # of larger canvases fewer at once, for they take as much memory as those of 512 x 288
+        fewer = math.ceil(batch_size * min(1, 512 * 288 / math.prod(dataset.films.shape[1:])))
+        for films, _, _ in data.batches(dataset, fewer):
             films = films.to(device).float() / 255
             with torch.set_grad_enabled(maps):
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -52,12 +52,13 @@ class Settings(data.Settings, network.Settings, common.RunSettings):
     overwrite: bool = False  # delete a run of this name first
     balance: Literal["sampler", "loss", "none"] = "sampler"  # how rare classes count: never both
     shuffle_labels: bool = False  # leak test: labels permuted between patients; expect chance
-    epochs: int = 0  # passes over the training films, at most; 0: 10 with weights, else 20
+    epochs: int = 0  # at most; 0: 10 with weights, 16 with a window, 20 from a random start
     lr: float = 1e-3  # rate of the new head, AdamW
     backbone_lr: float = 1e-4  # rate of the pretrained stages; a random start takes `lr` for both
     weight_decay: float = 1e-4  # decoupled (AdamW)
     label_smoothing: float = 0.1  # share of the target spread over the classes
     lesion_weight: float = 1.0  # weight of the circles' loss beside the films'; recipe lesion only
+    window: float = 0.0  # share of the canvas' sides that a step sees; 0: 0.5 from 1024 rows on
     ema: float = 0.9  # share of the averaged weights kept at each step; the average is judged
     lr_patience: int = 0  # epochs without a better loss that halve the rates; 0: a third of all
     patience: int = 0  # epochs without a better loss that end the training; 0: half of all
@@ -103,10 +104,15 @@ def make_plan(settings, prepared, weights=None):
         raise UserError("batch size must be at least 1, epochs not negative, the rate above 0")
     settings, folder = resumed(settings, prepared) if settings.resume else (settings, None)
     random_start = weights is None or weights.state is None
-    epochs = settings.epochs or (20 if random_start else 10)
+    if not 0 <= settings.window <= 1:
+        raise UserError(f"--window {settings.window}: expected a share, or 0 (by the canvas)")
+    large = prepared.films.shape[1] >= 1024 and len(prepared.findings) > 0
+    window = settings.window or (0.5 if large and settings.recipe == "lesion" else 1.0)
+    epochs = settings.epochs or (20 if random_start else 16 if window < 1 else 10)
     plan = replace(
         settings,
         epochs=epochs,
+        window=window,
         lr_patience=settings.lr_patience or max(epochs // 3, 1),
         patience=settings.patience or max(epochs // 2, 1),
         backbone_lr=settings.lr if random_start else settings.backbone_lr,
@@ -223,14 +229,20 @@ def lesion_loss(places, circles, known):
 # The films go to the device as bytes and are varied there, all at once; the circles are carried
 # along. Both losses are added: cross-entropy of the films, and of their places.
 def batch_loss(model, batch, dataset, plan, generator):
-    """Augment a batch (films, labels, rows) of a dataset; return its loss and the film logits."""
+    """Augment a batch (films, labels, rows); return its loss and which films were right (B,)."""
     films, labels, rows = batch
-    device, circles = next(model.parameters()).device, None
+    device, circles, centres = next(model.parameters()).device, None, None
     films = films.to(device).float() / 255
     # Circles of true labels would give shuffled ones away; own films may have none.
     if plan.recipe == "lesion" and dataset.circles and not plan.shuffle_labels:
         circles, known = (part.to(device) for part in dataset.lesion_maps(rows))
-    films, circles = data.augment(films, labels, generator, plan.augment, circles)
+    if plan.window < 1:
+        centres = data.window_centres(dataset, rows, plan.window, generator)
+    films, circles = data.augment(
+        films, labels, generator, plan.augment, circles, plan.window, centres
+    )
+    if centres is not None and circles is not None:
+        labels = data.window_labels(labels, circles, known)
     dtype = common.choose_precision(plan.precision, device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         logits, places = model(films)
@@ -240,7 +252,7 @@ def batch_loss(model, batch, dataset, plan, generator):
     )
     if circles is not None:
         loss = loss + plan.lesion_weight * lesion_loss(places, circles, known)
-    return loss, logits.detach()
+    return loss, logits.detach().argmax(1).cpu() == labels
 
 
 # %% Out of memory: name a smaller --batch-size
@@ -374,8 +386,8 @@ def train_epoch(state, progress):
     state.model.train()
     total = hits = count = 0
     for batch in epoch_batches(state):
-        _, labels, rows = batch
-        loss, logits = batch_loss(
+        rows = batch[2]
+        loss, right = batch_loss(
             state.network, batch, state.train_films, state.plan, state.generator
         )
         if not torch.isfinite(loss):
@@ -390,7 +402,7 @@ def train_epoch(state, progress):
         state.optimizer.step()
         state.average.update_parameters(state.model)
         total += loss.item() * len(rows)
-        hits += (logits.argmax(1).cpu() == labels).sum().item()
+        hits += right.sum().item()
         count += len(rows)
         progress.step(len(rows) * state.count, f"loss {total / count:.3f}")
     if state.count > 1:

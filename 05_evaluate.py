@@ -611,8 +611,8 @@ if __name__ == "__main__" and judging:
 
 # %% Where it looks: Grad-CAM and the places' map, scored by the pointing game
 # After Zhang et al., Top-down Neural Attention by Excitation Backprop, ECCV 2016: is the highest
-# place of a map in a radiologist's circle, or within 16 px of the canvas, half a place of the last
-# stage, beyond it? A place is no sharper than that.
+# place of a map in a radiologist's circle, or within 16 px of a canvas of 512 rows, half a place of
+# the last stage, beyond it? A place is no sharper than that.
 def peaks(maps, size):
     """Return the canvas pixels (x, y) where maps (n, h, w) are highest, shape (n, 2)."""
     h, w = maps.shape[1:]
@@ -630,7 +630,8 @@ def pointing_game(predictions, reading, prepared):
 
     Chance is the share of the breast's pixels that would be a hit.
     """
-    tolerance, size = 16, prepared.films.shape[1:]
+    size = prepared.films.shape[1:]
+    tolerance = max(16, size[0] // 32)  # px
     found = {"cam": peaks(reading.cams, size), "places": peaks(reading.places, size)}
     number = {image: n for n, image in enumerate(prepared.labels["image"])}
     place = {image: n for n, image in enumerate(predictions["image"])}

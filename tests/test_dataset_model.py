@@ -226,7 +226,8 @@ def test_about_half_of_the_films_are_turned_upside_down_and_none_sideways():
 def test_largest_rotation_scale_and_shift_are_as_declared(monkeypatch):
     def offsets(start, **strengths):
         alone = {getattr(data, kind): (limit,) * 3 for kind, limit in strengths.items()}
-        monkeypatch.setattr(data, "AUGMENTATION", alone)
+        monkeypatch.setattr(data, "MOVES", alone)
+        monkeypatch.setattr(data, "GREYS", {})
         films = blob(63.5, start, 500, width=3)
         row, column = centres(data.augment(films, torch.zeros(500).long(), generator())[0])
         return row - 63.5, column - 35.5
@@ -251,12 +252,60 @@ def test_new_kind_of_augmentation_is_one_function_and_one_line(monkeypatch):
         """Add noise of a standard deviation of `strength`."""
         return films + strength[:, None, None, None] * torch.randn(films.shape, generator=generator)
 
-    monkeypatch.setattr(data, "AUGMENTATION", {noise: (0.0, 0.1, 0.2)})
+    monkeypatch.setattr(data, "MOVES", {})
+    monkeypatch.setattr(data, "GREYS", {noise: (0.0, 0.1, 0.2)})
     films, maps, labels = torch.full((3, 1, 64, 40), 0.5), torch.rand(3, 2, 8, 5), torch.arange(3)
     varied, same = data.augment(films, labels, generator(), 0.5, maps)
     assert varied.std((1, 2, 3)).tolist() == pytest.approx([0, 0.05, 0.1], abs=0.005)
     assert torch.allclose(same, maps, 0, 1e-5)
     assert 0 <= data.augment(films, labels, generator(), 9.0)[0].min() < 0.01
+
+
+# ---------------------------------------------------------------------- step 2: windows
+
+
+def test_a_window_is_that_part_of_the_film_and_of_its_maps():
+    films, maps = torch.rand(2, 1, 64, 40), torch.rand(2, 2, 16, 10)
+    centres = torch.tensor([[-0.5, -0.5], [0.5, 0.25]])  # x, y: top left, and 3/8 further down
+    labels = torch.tensor([0, 2])
+    seen, of_maps = data.augment(films, labels, generator(), 0, maps, 0.5, centres)
+    assert torch.allclose(seen[0], films[0, :, :32, :20], 0, 1e-4)
+    assert torch.allclose(seen[1], films[1, :, 24:56, 20:], 0, 1e-4)
+    assert torch.allclose(of_maps[0], maps[0, :, :8, :5], 0, 1e-4)
+    varied, _ = data.augment(films, labels, generator(), 1.0, maps, 0.5, centres)
+    assert varied.shape == seen.shape and (varied != seen).any()
+
+
+def test_three_of_four_windows_hold_a_circle_and_all_lie_on_the_canvas_and_the_breast(phantoms):
+    dataset = data.MammogramDataset(phantoms)
+    height, width = phantoms.films.shape[1:]
+    circled = [n for n, image in enumerate(dataset.images) if image in dataset.circles] * 40
+    for rows, share in ((circled, 0.75), (np.arange(48).repeat(10), 0)):
+        x, y = data.window_centres(dataset, rows, 0.5, generator()).numpy().T
+        assert np.abs([x, y]).max() <= 0.5
+        x, y = (x + 1) * width / 2 - 0.5, (y + 1) * height / 2 - 0.5
+        hit = [any(abs(c.canvas_x - x[n]) < width / 4 and abs(c.canvas_y - y[n]) < height / 4
+                   for c in dataset.circles.get(dataset.images[row], []))
+               for n, row in enumerate(rows)]  # fmt: skip
+        assert not share or share < np.mean(hit) < 0.98
+        corners = zip(rows, (y - 31.5).astype(int), (x - 17.5).astype(int))
+        lit = [(dataset.films[row, top : top + 64, left : left + 36] > 0).mean()
+               for row, top, left in corners]  # fmt: skip
+        assert np.mean(lit) > 0.6 and min(lit) > 0.05
+    first, again = (data.window_centres(dataset, circled, 0.5, generator(1)) for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_a_window_is_called_what_its_circles_say():
+    maps = torch.zeros(6, 2, 8, 8)
+    maps[0, 0, :2, :2] = maps[1, 1, :2, :2] = maps[3, :, 4:, 4:] = maps[4, 1, 0, 0] = 1
+    maps[5, 1] = 1
+    labels = torch.tensor([BENIGN, MALIGNANT, MALIGNANT, BENIGN, MALIGNANT, MALIGNANT])
+    known = torch.tensor([True] * 5 + [False])
+    wanted = [BENIGN, MALIGNANT, NORMAL, MALIGNANT, NORMAL, MALIGNANT]
+    assert data.window_labels(labels, maps, known).tolist() == wanted
+    maps[5] = 0  # a film without a usable circle keeps its label
+    assert data.window_labels(labels, maps, known)[5] == MALIGNANT
 
 
 # ---------------------------------------------------------------------- step 3: the network

@@ -294,6 +294,36 @@ def test_a_share_of_the_training_patients_changes_nothing_of_the_other_parts(tin
         train(train_share=0)
 
 
+def test_windows_are_seen_in_training_alone_and_resume_bit_for_bit(tiny, monkeypatch):
+    shapes, forward = [], network.MammogramNet.forward
+
+    def noting(self, films):
+        shapes.append((self.training, tuple(films.shape[2:])))
+        return forward(self, films)
+
+    monkeypatch.setattr(network.MammogramNet, "forward", noting)
+    whole = train(run="whole", window=0.5, epochs=2)
+    assert set(shapes) == {(True, (32, 32)), (False, (64, 64)), (False, (32, 32))}  # a look
+    train(run="parts", window=0.5, epochs=1)
+    parts = go_on(run="parts", epochs=2)
+    assert_same_runs(whole.run_folder, parts.run_folder)
+    assert common.read_json(parts.run_folder / "settings.json")["window"] == 0.5
+    with pytest.raises(UserError, match="--window 1.5: expected a share"):
+        train(window=1.5)
+
+
+def test_a_large_canvas_with_circles_is_trained_in_windows_of_half_its_sides(tiny):
+    large = tiny._replace(films=np.zeros((1, 1024, 576), np.uint8))
+    without = large._replace(findings=tiny.findings[:0])
+    for prepared, recipe, window in [(tiny, "lesion", 1), (large, "lesion", 0.5),
+                                     (large, "plain", 1), (without, "lesion", 1)]:  # fmt: skip
+        plan, _ = step.make_plan(step.Settings(recipe=recipe), prepared)
+        assert plan.window == window
+    pretrained = network.Weights({}, "some")
+    assert step.make_plan(step.Settings(), large, pretrained)[0].epochs == 16
+    assert step.make_plan(step.Settings(window=1.0), large, pretrained)[0].epochs == 10
+
+
 @pytest.mark.parametrize("share", [0, 0.6, -0.2])
 def test_share_of_validation_patients_that_leaves_none_or_too_few_is_refused(tiny, share):
     with pytest.raises(UserError, match=f"--validation {share}.*0.5 at most"):
@@ -626,7 +656,7 @@ def test_loss_that_is_not_finite_stops_with_its_films_named_and_the_state_kept(t
     whole = network.predict
 
     def predict(*args):  # at the end of the first epoch
-        poisoned = lambda films, labels, generator, strength, maps: (films * np.nan, maps)  # noqa: E731
+        poisoned = lambda films, a, b, c, maps, *windows: (films * np.nan, maps)  # noqa: E731
         monkeypatch.setattr(data, "augment", poisoned)
         return whole(*args)
 
