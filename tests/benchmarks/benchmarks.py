@@ -726,8 +726,9 @@ def learning_curve(base, settings, home):
     return pd.DataFrame(found)
 
 
-def draw_curve(found, n, path):
+def draw_curve(found, base, path):
     """Draw the mean over the seeds, and each seed's 95 % interval over patients."""
+    kind = "SYNTHETIC PHANTOMS, " if base.source == "phantom" else ""
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for place, (name, colour) in enumerate(CURVES.items()):
         part = found[found["metric"] == name]
@@ -737,15 +738,16 @@ def draw_curve(found, n, path):
         axis.vlines(x, part["low"], part["high"], color=colour, alpha=0.4)
     axis.axhline(0.5, color="#999999", ls="--", label="chance of an AUC")
     axis.set(xlabel="training patients (%)", ylabel="test value", xticks=[25, 50, 100])
-    axis.set_title(f"n = {n} films, mean of {found['seed'].nunique()} training seeds; bars: 95 % "
-                   "over patients", fontsize=9)  # fmt: skip
-    axis.legend(fontsize=8)
+    axis.set_title(f"{kind}n = {len(base.films)} films, split seed 0, mean of "
+                   f"{found['seed'].nunique()} training seeds; bars: 95 % over patients",
+                   fontsize=9)  # fmt: skip
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     common.show(figure, path)
 
 
 if __name__ == "__main__" and "curve" in settings.only:
     curve = learning_curve(base, settings, home)
-    draw_curve(curve, len(base.films), common.runs_dir("learning-curve.png"))
+    draw_curve(curve, base, common.runs_dir("learning-curve.png"))
     means = curve.groupby(["metric", "share"])["value"].mean()
     results["curve"] = [row("curve", f"{name}, {share:.0%} of the training patients", value, "")
                         for (name, share), value in means.items()]  # fmt: skip
