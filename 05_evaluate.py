@@ -189,8 +189,8 @@ if __name__ == "__main__" and judging:
     common.write_csv(predictions.round(6), judged_run / "predictions.csv")
     common.table(predictions.head(6).round(3), f"the first of n = {len(predictions)} predictions")
     note = f"{judged_record['note']}, " if judged_record["note"] else ""
-    train_share = judged_record.get("train_share", 1)
-    note += f"{train_share:.0%} of the training patients, " if train_share < 1 else ""
+    if judged_record.get("train_share", 1) < 1:
+        note += f"{judged_record['train_share']:.0%} of the training patients, "
     scope = (
         f"{'SYNTHETIC PHANTOMS, ' if judged_record['synthetic'] else ''}{note}n = "
         f"{len(predictions)} films of {predictions['patient'].nunique()} patients, "
@@ -454,11 +454,20 @@ if __name__ == "__main__" and judging:
 # little accuracy. settings.tempering = 0 gives the likeliest class.
 DECIDED = ["accuracy", "balanced accuracy", "macro F1", *(f"{name} recall" for name in CLASS_NAMES)]
 
+
+def likeliest_class(predictions):
+    """Return the predictions with each film called by its highest probability."""
+    return predictions.assign(predicted=predictions[PROBABILITIES].to_numpy().argmax(1))
+
+
 if __name__ == "__main__" and judging:
     common.check_settings(settings, "05_evaluate.py")
-    likeliest = predictions.assign(predicted=predictions[PROBABILITIES].to_numpy().argmax(1))
-    metrics_likeliest = summarise(measure(likeliest, recalled, draws), settings.resamples)
-    ways = {"likeliest class": metrics_likeliest, f"tempering {settings.tempering}": metrics}
+    ways = {
+        "likeliest class": summarise(
+            measure(likeliest_class(predictions), recalled, draws), settings.resamples
+        ),
+        f"tempering {settings.tempering}": metrics,
+    }
     kept = {name: table.loc[DECIDED, ["value", "low", "high"]] for name, table in ways.items()}
     decision = pd.concat(kept, axis=1).dropna(how="all")
     common.table(decision.round(3), f"what films are called, in two ways; {scope}")
@@ -925,7 +934,8 @@ if __name__ == "__main__" and judging:
         "classes_of_the_confusion_matrix": confusion.display_labels,
         "metrics": metrics.T.to_dict(),
         "metrics_film_alone": metrics_alone.T.to_dict(),
-        "metrics_likeliest_class": metrics_likeliest.T.to_dict(), "tempering": settings.tempering,
+        "metrics_likeliest_class": decision["likeliest class"].T.to_dict(),
+        "tempering": settings.tempering,
         "resamples": settings.resamples, "wanted_recall": settings.recall,
         "thresholds": thresholds.to_dict("records"),
         "temperatures": [{"fold": f.number, **f.temperature} for f in fold_models],

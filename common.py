@@ -907,9 +907,9 @@ def warn(message):
 
 
 def table(frame, title):
-    """Print a DataFrame under a title, whole and unwrapped."""
+    """Print a DataFrame under a title, whole and unwrapped; "-" stands for what is not defined."""
     print(f"\n{title}")
-    print(frame.to_string() + "\n", flush=True)
+    print(frame.to_string(na_rep="-") + "\n", flush=True)
 
 
 def show(figure, path=None):
