@@ -629,11 +629,15 @@ def read_own_labels(path, folder=None, classes=""):
     table["image"] = table["image"].map(film_name)
     paths = match_films(table, folder, quiet=True) if folder else {}
     dicom = {image: file for image, file in paths.items() if file.suffix.lower() == ".dcm"}
-    headers = pd.DataFrame({image: common.dicom_header(file) for image, file in dicom.items()}).T
+    read = {}
+    for image, file in dicom.items():
+        with contextlib.suppress(UserError):  # a broken film is named later
+            read[image] = common.dicom_header(file)
+    headers, broken = pd.DataFrame(read).T, table["image"].isin(set(dicom) - set(read))
     for role in [role for role in headers if role not in table]:
-        read = table["image"].map(headers[role]).fillna("")
-        if role == "laterality" or (read != "").all():
-            table[role] = read
+        values = table["image"].map(headers[role]).fillna("")
+        if role == "laterality" or (values != "")[~broken].all():
+            table[role] = values.mask(broken, table["image"] if role == "patient" else "")
             print(f"{path}: {role} is taken from the DICOM headers")
     if "patient" in table and (table["patient"] == "").any():
         lines = common.listing(table.index[table["patient"] == ""])

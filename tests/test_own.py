@@ -531,6 +531,24 @@ def test_18_patient_and_side_come_from_the_header_if_the_table_has_none(home):
         str(n): f"P{n // 2}" for n in range(12)
     }
     assert set(prepared.labels["laterality"]) == {"left", "right"}
+    (home / "scans" / "3.dcm").write_text("no DICOM")
+    assert "3: " in refused(prepare_data, **saved(home, {}, "image,label", rows))
+    left = prepare_data(**saved(home, {}, "image,label", rows), allow_partial=True).labels
+    assert left["patient"].tolist() == prepared.labels["patient"].drop(prepared.labels.index[
+        prepared.labels["image"] == "3"]).tolist()  # fmt: skip
+
+
+def test_18_a_table_that_contradicts_the_headers_is_named(home, capsys):
+    (home / "scans").mkdir()
+    for n in range(12):
+        header = {"PatientID": f"P{n // 2}", "ImageLaterality": "LR"[n % 2]}
+        dicom(home / "scans" / f"{n}.dcm", deep(film(n, ("left", "right")[n % 2]), 12), **header)
+    rows = [f"{n},{('normal', 'malignant')[n // 2 % 2]},{n if n in (4, 5) else n // 2},L"
+            for n in range(12)]  # fmt: skip
+    prepare_data(**saved(home, {}, "image,label,patient,side", rows))
+    said = capsys.readouterr().err
+    assert "contradicts the laterality of their headers: 1, 11, 3, 5, 7, 9" in said
+    assert "contradicts their headers, where they are the same patient's: 4, 5" in said
 
 
 # ---------------------------------------------------------------------- D. weights of a run

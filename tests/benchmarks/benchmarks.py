@@ -316,7 +316,9 @@ def bare_step(state, training):
     model = state.model if training else state.average.module
     device = common.choose_device(state.plan.device)
     dtype = common.choose_precision(state.plan.precision, device)
-    films = torch.rand(state.plan.batch_size, 1, *state.train_films.films.shape[1:])
+    share = state.plan.window if training else 1
+    sides = [round(side * share) for side in state.train_films.films.shape[1:]]
+    films = torch.rand(state.plan.batch_size, 1, *sides)
     films = films.to(device, memory_format=torch.channels_last)
     labels = torch.arange(len(films), device=device) % 3
 
