@@ -642,6 +642,27 @@ def test_23_a_message_is_short_however_much_is_wrong(home):
     assert "4 more. Get them again" in refused(prepare_data, **choice)
 
 
+def test_24_own_films_and_models_are_read_once_each_and_it_says_what_it_does(
+    home, small, monkeypatch, capsys
+):
+    choice = saved(home, many())
+    prepare_data(**choice)
+    run_main("04_train.py", weights="none", epochs=1, freeze=5, validation=0.5, fold="all")
+    reads = {"read_film": [], "read_checkpoint": []}
+    for name, read in [(name, getattr(common, name)) for name in reads]:
+        monkeypatch.setattr(
+            common,
+            name,
+            lambda path, *rest, n=name, f=read: (reads[n].append(path), f(path, *rest))[1],
+        )
+    capsys.readouterr()
+    names = [str(home / "scans" / f"f{n:02d}.png") for n in range(3)]
+    own = run_main("05_evaluate.py", image=str(home / "scans" / "f0[0-2].png")).own
+    assert own["image"].tolist() == names and [*map(str, reads["read_film"])] == names
+    assert len(reads["read_checkpoint"]) == 2  # one a fold
+    assert "reading: 6 in" in capsys.readouterr().out  # three films by two models
+
+
 def test_25_whole_images_of_another_modality_and_masks_left_out(home, small, capsys):
     rng = np.random.default_rng(0)
     films = {f"s{n:02d}.png": rng.integers(20, 250, (90, 120), np.uint8) for n in range(12)}
