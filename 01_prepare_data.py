@@ -27,6 +27,7 @@ import tempfile
 import unicodedata
 import warnings
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -360,6 +361,9 @@ def read_own_table(path):
     table = table.fillna("").apply(lambda column: column.str.strip())
     table.index += first + 1
     names, table = table.iloc[0], table.iloc[1:].set_axis(table.iloc[0], axis=1)
+    if names.iloc[0] == "" and (table.iloc[:, 0] != "").any():
+        print(f"{path}: not used: the first column, which has no name (row names?)")
+        names, table = names.iloc[1:], table.iloc[:, 1:]
     named = (names != "").to_numpy()
     more = table.index[(table.loc[:, ~named] != "").any(axis=1)]
     if len(more):
@@ -411,7 +415,9 @@ def named_classes(classes=""):
         word, _, name = (text.strip().lower() for text in part.partition("="))
         if name not in CLASS_NAMES:
             raise UserError(f'--classes {classes}: expected such as "0=normal,1=malignant"')
-        known[re.sub(r"\.0+$", "", word)] = CLASS_NAMES.index(name)
+        word, code = re.sub(r"\.0+$", "", word), CLASS_NAMES.index(name)
+        if known.setdefault(word, code) != code:
+            raise UserError(f"--classes {classes}: {word} has two meanings")
     return known
 
 
@@ -446,7 +452,7 @@ def checked_labels(table, rest, classes, path):
         )
     for name in rest:
         words = rest[name][rest[name] != ""].str.lower()
-        second = words.map(named_classes())
+        second = words[~words.str.fullmatch(r"[\d.]+")].map(named_classes(classes))
         other = second.index[second.notna() & (second != label[second.index])]
         if len(other):
             raise UserError(f'{path}: the label and the column "{name}" contradict in line '
@@ -459,9 +465,12 @@ def checked_labels(table, rest, classes, path):
 # patients taken for one would do no harm.
 def same_patients(names):
     """Return patients' names (Series of text) in one spelling each; say what was merged."""
-    key = names.str.lower().str.replace(r"\s|(?<!\d)0+(?=\d)|\.0+$", "", regex=True)
-    missing = key.str.fullmatch(
-        r"n/?a|nan|none|null|unknown|\W+|anon\w*|de-?identified|removed|x+|[\d.]+e\+\d+"
+    small = names.str.lower().str.strip()
+    key = small.str.replace(r"\.0+$|[\W_]|(?<!\d)0+(?=\d)", "", regex=True).where(
+        small.str.contains(r"\w"), small
+    )
+    missing = small.str.fullmatch(
+        r"n/?a|nan|none|null|unknown|\W+|-\d+|anon\w*|de-?identified|removed|x+|[\d.,]+e\+\d+"
     )
     if missing.any():
         common.warn(f"{missing.sum()} films of patient {common.listing(names[missing].unique())} "
@@ -485,7 +494,7 @@ def sides_of(sides, path="`labels`"):
     found = (
         sides.str.strip()
         .str.lower()
-        .str.extract(rf"^(r|l|right|left|)(?:[ _-]*(?:{VIEWS}|breast))?$", expand=False)
+        .str.extract(rf"^(?!lat$)(r|l|right|left|)(?:[ _-]*(?:{VIEWS}|breast))?$", expand=False)
     )
     if found.isna().any():
         wrong = common.listing(sides[found.isna()].unique())
@@ -633,12 +642,15 @@ def read_own_labels(path, folder=None, classes=""):
     for image, file in dicom.items():
         with contextlib.suppress(UserError):  # a broken film is named later
             read[image] = common.dicom_header(file)
-    headers, broken = pd.DataFrame(read).T, table["image"].isin(set(dicom) - set(read))
-    for role in [role for role in headers if role not in table]:
-        values = table["image"].map(headers[role]).fillna("")
-        if role == "laterality" or (values != "")[~broken].all():
-            table[role] = values.mask(broken, table["image"] if role == "patient" else "")
-            print(f"{path}: {role} is taken from the DICOM headers")
+    headers = pd.DataFrame(read).T
+    for role in headers:
+        own = table.get(role, pd.Series("", table.index))
+        values = own.where(own != "", table["image"].map(headers[role]).fillna(""))
+        if (values != own).any():
+            print(f"{path}: {role} of {(values != own).sum()} films is taken from DICOM headers")
+            if role == "patient":
+                values = values.where(values != "", table["image"])
+            table[role] = values
     if "patient" in table and (table["patient"] == "").any():
         lines = common.listing(table.index[table["patient"] == ""])
         raise UserError(f"{path}: no patient in line {lines}; fill the column or leave it out")
@@ -659,10 +671,16 @@ def read_own_labels(path, folder=None, classes=""):
 # %% Findings of your own: circles or boxes
 # With them the recipe learns where lesions are, as on MIAS. They are given in pixels of the film, y
 # from the top; a box becomes the circle round its middle with half its longer side.
-def read_own_findings(path, labels):
+def read_own_findings(path, labels, classes=""):
     """Return the findings of a CSV (image and x,y,radius or x0,y0,x1,y1[, severity][, type])."""
     wanted = {name: COLUMNS.get(name, name) for name in "image severity type x y radius".split()}
-    wanted.update(x0="x0 xmin left", y0="y0 ymin top", x1="x1 xmax right", y1="y1 ymax bottom")
+    wanted.update(
+        severity="severity pathology",
+        x0="x0 xmin left",
+        y0="y0 ymin top",
+        x1="x1 xmax right",
+        y1="y1 ymax bottom",
+    )
     table, rest = own_columns(read_own_table(path), path, wanted)
     box = "x0" in table
     numbers = ["x0", "y0", "x1", "y1"] if box else ["x", "y", "radius"]
@@ -671,13 +689,16 @@ def read_own_findings(path, labels):
                         f"found {common.listing([*table, *rest])}")  # fmt: skip
     if len(rest.columns):
         print(f"{path}: not used: {common.listing(rest.columns)}")
+    if {",", "."} <= set("".join(table[numbers].to_numpy().ravel())):
+        raise UserError(f"{path}: numbers with commas and others with points; write 1040 and 12.5")
     for name in numbers:
         text = table[name].str.replace(r",(?!\d{3}$)", ".", regex=True)  # 1,020 may be a thousand
         table[name] = pd.to_numeric(text, errors="coerce")
     film = table["image"].map(film_key).map(dict(zip(labels["image"].map(film_key), labels.index)))
     label = film.map(labels["label"])
     word = table.get("severity", pd.Series("", table.index)).str.lower()
-    named = word.map({"b": BENIGN, "benign": BENIGN, "m": MALIGNANT, "malignant": MALIGNANT})
+    named = word.map({"b": BENIGN, "m": MALIGNANT, **named_classes(classes)})
+    named = named.where(named != NORMAL)
     severity = named.where(word != "", label)
     if box:
         low, high = table[["x0", "y0"]].to_numpy(), table[["x1", "y1"]].to_numpy()
@@ -689,7 +710,10 @@ def read_own_findings(path, labels):
     )
     for wrong, what in [
         (film.isna(), "a film that has no label"),
-        (~(table["radius"] > 0) | table[["x", "y"]].isna().any(axis=1), "no circle or box"),
+        (
+            ~table["radius"].between(1e-9, 1e5) | table[["x", "y"]].isna().any(axis=1),
+            "no circle or box in numbers such as 1040 and 12.5",
+        ),
         ((table[numbers] <= 1).all(axis=1), "shares of the film in place of its pixels"),
         (severity.isna(), "a severity other than benign (B) or malignant (M)"),
         (worse | (label == NORMAL), "a finding that its film's label contradicts"),
@@ -726,16 +750,25 @@ def read_own(folder, settings):
     labels = read_own_labels(settings.labels, folder, settings.classes)
     if not settings.findings:
         return labels, pd.DataFrame(columns=FINDINGS)
-    findings = read_own_findings(settings.findings, labels)
+    findings = read_own_findings(settings.findings, labels, settings.classes)
     labels["findings"] = labels["image"].map(findings["image"].value_counts()).fillna(0).astype(int)
     return labels, findings
 
 
 def stock_of(folder):
-    """Return name, bytes and time of every file below a folder, to tell whether one changed."""
-    paths = common.files_below(folder)
-    stats = {path.relative_to(folder).as_posix(): path.stat() for path in paths}
-    return [(name, status.st_size, status.st_mtime_ns) for name, status in stats.items()]
+    """Return name, bytes, time and a checksum of 4 KiB in the middle of every file below a folder.
+
+    They tell whether one changed; what an archive unpacks may all have one time and size.
+    """
+    stock = []
+    for path in common.files_below(folder):
+        status = path.stat()
+        with open(path, "rb") as file:
+            file.seek(status.st_size // 2)
+            middle = zlib.crc32(file.read(4096))
+        name = path.relative_to(folder).as_posix()
+        stock.append((name, status.st_size, status.st_mtime_ns, middle))
+    return stock
 
 
 READERS = {"mias": read_mias, "phantom": read_mias, "own": read_own}
@@ -1215,7 +1248,8 @@ def rows_of(labels, films):
 if __name__ == "__main__":
     common.check_settings(settings, "01_prepare_data.py")
     expected = {*labels["image"], *(known_digests().values() if source == "mias" else ())}
-    missing = sorted(expected - {*paths, *(p.stem.lower() for p in common.film_paths(folder))})
+    there = {path.stem.lower() for path in common.film_paths(folder)} if source == "mias" else set()
+    missing = sorted(expected - {*paths, *there})
     usable = film_table[check_films(source, film_table, missing, settings.allow_partial)]
     odd = usable["image"][unlike_the_set(usable[STATISTICS])]
     if len(odd):

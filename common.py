@@ -416,6 +416,9 @@ def contact(url, patience=12.0):
 # ---------------------------------------------------------------------- reading films
 
 FILM_SUFFIXES = (".pgm", ".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm")
+SIDE_FILES = (
+    ".txt .csv .tsv .json .xml .md .pdf .html .xls .xlsx .doc .docx .ini .db .log"
+).split()
 MASK = r"(^|[\W_])(masks?|gt|ground[\W_]?truths?|segmentations?|annotations?)([\W_\d]|$)"
 
 
@@ -464,8 +467,10 @@ def read_film(path, bits=None, notes=None):
             said.append(f"has only {used} of the {depth} bits of {whose}, so that it is dark")
         white = 2**depth - 1
         pixels = (pixels.clip(0, white) * (255 / white) + 0.5).astype(np.uint8)
-    bright = (pixels >= 224).mean()
-    if 0.2 < bright < 0.95 and bright > 2 * (pixels <= 15).mean():  # at most 0.19 on a film of MIAS
+    bright = (pixels >= 195).mean()
+    rim = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    light_rim = np.quantile(rim, 0.62) >= 195  # at most 153 on MIAS
+    if light_rim and 0.2 < bright < 0.95 and bright > 2 * (pixels <= 15).mean():
         pixels = 255 - pixels
         said.append("taken for a negative, since its background is white, and inverted")
     if notes is not None:
@@ -514,7 +519,7 @@ def read_image(path, said):
         return pixels, 8
     if not np.isfinite(pixels).all():
         raise ValueError("pixels that are NaN or infinite")
-    if pixels.dtype.kind == "f" and 0 <= pixels.min() and pixels.max() <= 1:
+    if pixels.dtype.kind == "f" and -1 < pixels.min() and pixels.max() <= 2:  # 0 to 1, or nearly
         pixels, stretched = pixels * 65535.0, True
     pixels = np.rint(pixels).astype(np.int64)
     if pixels.min() < 0:  # signed: black is what all but a few pixels lie above
@@ -581,6 +586,9 @@ def read_dicom(path, said):
         if int(film.get("NumberOfFrames") or 1) > 1 or not photometric.startswith("MONOCHROME"):
             raise ValueError(f"it has several frames or colours ({photometric})")
         raw, half = film.pixel_array, film.PixelRepresentation * 2 ** (film.BitsStored - 1)
+        plain = film.BitsAllocated == 16 and not film.file_meta.TransferSyntaxUID.is_compressed
+        if plain and not half and (np.frombuffer(film.PixelData, "<u2") >> film.BitsStored).any():
+            said.append(f"has bits above the {film.BitsStored} of its header, which are left out")
         every = np.linspace(-half, 2**film.BitsStored - 1 - half, 1 << 16).round().astype(raw.dtype)
         shown, every = (
             tools.apply_voi_lut(tools.apply_modality_lut(part, film), film).astype(np.float64)
@@ -630,16 +638,16 @@ def film_paths(folder):
 
 
 def say_left_out(folder):
-    """Name the masks in a folder and below, and the images that are of a kind that is not read.
+    """Name the masks in a folder and below, and the files of a kind that is not known.
 
-    The latter by Pillow's list of suffixes; DICOM files without theirs, by their mark.
+    Of files without a suffix only DICOM, by its mark.
     """
     masks, others = [], []
     for path in files_below(folder):
         if path.suffix.lower() in FILM_SUFFIXES:
             masks += [path.name] if is_mask(path.relative_to(folder)) else []
-        elif path.suffix.lower() in Image.registered_extensions():
-            others.append(path.name)
+        elif path.suffix:
+            others += [path.name] if path.suffix.lower() not in SIDE_FILES else []
         else:
             with open(path, "rb") as file:
                 others += [path.name] if file.read(132)[128:] == b"DICM" else []
@@ -647,7 +655,7 @@ def say_left_out(folder):
         print(f"{len(masks)} masks are left out: {listing(masks)}")
     if others:
         read = ", ".join(FILM_SUFFIXES)
-        warn(f"{len(others)} images are left out, not being called {read}: {listing(others)}")
+        warn(f"{len(others)} files are left out, not being called {read}: {listing(others)}")
 
 
 def matching(name):

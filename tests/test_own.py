@@ -74,6 +74,8 @@ def test_1_digits_count_only_as_0_1_and_2_or_as_classes_says(home, capsys):
     assert "BI-RADS" in refused(labels_of, home, "image,label\na,1\nb,2\nc,5\n")
     assert "--classes" in refused(labels_of, home, "image,label\na,cancer\n")
     assert '"0=normal' in refused(labels_of, home, text, "0=healthy")
+    for twice in ("0=normal,1=malignant,1=benign", "benign=malignant"):
+        assert "has two meanings" in refused(labels_of, home, text, twice)
 
 
 def test_1_a_second_column_that_names_the_class_may_not_contradict(home):
@@ -81,6 +83,9 @@ def test_1_a_second_column_that_names_the_class_may_not_contradict(home):
     ours, theirs = (text.format(*codes) for codes in ("021", "120"))
     assert labels_of(home, ours)["label"].tolist() == [0, 2, 1]
     assert '"pathology" contradict in line 2' in refused(labels_of, home, theirs)
+    text = "image,class,pathology,age\na,0,cancer,1\nb,1,cancer,0\n"
+    refusal = refused(labels_of, home, text, "0=normal,1=malignant,cancer=malignant")
+    assert '"pathology" contradict in line 2' in refusal
 
 
 def test_1_two_classes_are_enough_and_the_third_is_said_to_be_absent(home, monkeypatch, capsys):
@@ -119,8 +124,11 @@ def test_3_a_patient_written_in_two_ways_is_one_and_said(home, capsys):
     assert "same patients" in capsys.readouterr().err
     labels_of(home, "image,label,patient\na,benign,NA\nb,normal,NA\nc,normal,2.0\nd,normal,2")
     assert "2 films of patient NA count as one" in capsys.readouterr().err
-    labels_of(home, "image,label,patient\na,benign,1.23457E+11\nb,normal,ANON12\nc,normal,3")
-    assert "patient 1.23457E+11, ANON12 count as one" in capsys.readouterr().err
+    text = "image;label;patient\na;benign;1,2345E+11\nb;normal;ANON12\nc;normal;-1\nd;normal;3"
+    labels_of(home, text)
+    assert "patient 1,2345E+11, ANON12, -1 count as one" in capsys.readouterr().err
+    found = labels_of(home, "image,label,patient\na,benign,P1\nb,normal,P-1\nc,normal,p_01\n")
+    assert found["patient"].nunique() == 1 and "P-1, P1, p_01" in capsys.readouterr().err
 
 
 def test_3_a_film_saved_again_under_another_patient_is_named(home, capsys):
@@ -154,6 +162,7 @@ WRITTEN = {
     "blank rows and columns": ("\n" + TABLE.replace("\n", ",,\n") + ",,,,\n,,,,\n", "utf-8"),
     "commas at the end of rows": (TABLE.replace("ä\n", "ä,,\n"), "utf-8"),
     "quotes": (TABLE.replace("a,", '"a",'), "utf-8"),
+    "row names of pandas": (",image,label,patient\n0,a,benign,ä\n1,b,normal,ä\n", "utf-8"),
 }
 
 
@@ -214,12 +223,13 @@ def test_5_images_that_are_not_read_and_masks_are_named(home, capsys):
         saved(home, {name: film(3)})
     Image.fromarray(film(7)).save(scans / "benign" / "late.webp")
     (scans / "benign" / "IM0001").write_bytes(bytes(128) + b"DICM")
-    (scans / "notes.txt").write_text("no image")
+    for name in ("notes.txt", "a.LJPEG", "b.png.gz"):
+        (scans / name).write_text("no image")
     prepared = prepare_data(images=str(scans), size="64x64", folds=2)
     said = capsys.readouterr()
     assert len(prepared.films) == 12 and "5 masks are left out" in said.out
-    assert "2 images are left out, not being called .pgm" in said.err
-    assert "IM0001, late.webp" in said.err and "notes" not in said.err
+    assert "4 files are left out, not being called .pgm" in said.err
+    assert "a.LJPEG, b.png.gz, IM0001, late.webp" in said.err and "notes" not in said.err
 
 
 def test_5_folders_of_classes_lie_at_any_depth_and_a_table_may_not_contradict_them(home, capsys):
@@ -269,7 +279,8 @@ def test_6_findings_are_circles_or_boxes_and_checked(home, capsys):
     for row, what in {"f01,30,60,5,": "contradicts in line 2", "f00,30,60,5,M": "contradicts",
                       "lost,30,60,5,": "no label in line 2", "f00,30,60,0,": "no circle",
                       "f00,x,60,3,": "no circle", "f00,30,60,5,4": "severity",
-                      'f00,"1,020",60,3,': "no circle",
+                      'f00,"1,020",60,3,': "no circle", "f00,30,60,inf,": "no circle",
+                      'f00,1.040,"10,5",3,': "with commas and others with points",
                       "f00,.2,0.5,0.1,": "shares of the film"}.items():  # fmt: skip
         findings.write_text(f"image,x,y,radius,severity\n{row}\n")
         assert what in refused(prepare_data, **choice, findings=str(findings)), row
@@ -312,6 +323,8 @@ def test_8_a_side_that_contradicts_the_film_is_named_and_a_swapped_column_too(ho
     assert "laterality other than right, left" in refused(common.load_prepared, "own")
     changed = {"Read the labels": "labels['laterality'] = 'up'"}
     assert "laterality up" in refused(prepare_data, changed, **saved(home, many()))
+    lateral = "image,label,patient,view\na,benign,1,CC\nb,normal,2,LAT\n"
+    assert "laterality LAT" in refused(labels_of, home, lateral)
 
 
 def test_9_what_is_turned_upside_down_or_double_is_named():
@@ -516,6 +529,9 @@ def test_18_what_cannot_be_read_of_a_dicom_film_is_one_message(home, monkeypatch
     for path in (home / "text.dcm", frames, lossless, nothing, palette):
         message = refused(common.read_film, path)
         assert str(path) in message and "export a PNG" in message and len(message) < 700
+    notes = []
+    common.read_film(dicom(home / "deeper.dcm", pixels, bits=10), notes=notes)
+    assert "has bits above the 10 of its header, which are left out" in notes
     monkeypatch.setitem(sys.modules, "pydicom", None)
     assert "pip install pydicom" in refused(common.read_film, frames)
 
