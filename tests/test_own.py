@@ -1,6 +1,7 @@
 """A database of one's own is read right, refused with its film or line, or named in a warning."""
 
 import importlib
+import os
 import re
 import struct
 import sys
@@ -213,6 +214,26 @@ def test_5_films_below_linked_folders_are_found_and_accents_are_equal(home, caps
     assert len(prepare.stock_of(home / "scans")) == 2
 
 
+def test_5_other_films_of_the_same_size_and_time_are_not_taken_for_the_old_ones(home, capsys):
+    def written(first):
+        choice = saved(home, {f"f{n:02d}.bmp": film(first + n) for n in range(12)})
+        for path in (home / "scans").iterdir():
+            os.utime(path, (10**9, 10**9))  # as some archives unpack them
+        return choice
+
+    before = np.array(prepare_data(**written(0)).films)
+    assert np.array_equal(prepare_data(**written(0)).films, before)
+    assert "12 films are up to date" in capsys.readouterr().out
+    assert (prepare_data(**written(40)).films != before).any(axis=(1, 2)).all()
+
+
+def test_5_a_missing_film_is_not_hidden_by_a_longer_name(home):
+    choice = saved(home, {**many(), "b/late.png": film(30)})
+    with open(choice["labels"], "a") as file:
+        file.write("\nlate.png,normal,q1\n")
+    assert "1 films are missing: late" in refused(prepare_data, **choice)
+
+
 def test_5_images_that_are_not_read_and_masks_are_named(home, capsys):
     films = {f"{c}/{n}.png": film(n + 10 * k) for k, c in enumerate(("benign", "normal"))
              for n in range(6)}  # fmt: skip
@@ -284,6 +305,8 @@ def test_6_findings_are_circles_or_boxes_and_checked(home, capsys):
                       "f00,.2,0.5,0.1,": "shares of the film"}.items():  # fmt: skip
         findings.write_text(f"image,x,y,radius,severity\n{row}\n")
         assert what in refused(prepare_data, **choice, findings=str(findings)), row
+    findings.write_text("image,pathology,x,y,radius\nf02,BENIGN,30,60,5\n")
+    assert prepare_data(**choice, findings=str(findings)).findings["severity"][0] == "B"
     capsys.readouterr()
     findings.write_text("image,x,y,radius\nf00,500,60,5\nf02,120,2,5\nf03,10,64,40\n")
     prepared = prepare_data(**choice, findings=str(findings))
@@ -423,6 +446,14 @@ def test_12_what_is_transparent_is_black(home, mode):
     picture.putalpha(Image.fromarray((film() > 0).astype(np.uint8) * 255))
     picture.save(home / "a.png")
     assert np.array_equal(common.read_film(home / "a.png"), film())
+
+
+def test_13_floats_slightly_over_1_are_of_0_to_1(home):
+    Image.fromarray((film() / 250).astype(np.float32)).save(home / "a.tif")
+    found = common.read_film(home / "a.tif").astype(int)
+    assert film().max() == 180 and np.abs(found - film() * 1.02).max() <= 1
+    Image.fromarray((film() / 170).astype(np.float32)).save(home / "a.tif")
+    assert np.abs(common.read_film(home / "a.tif") - film() * 1.5).max() <= 15  # clipped at white
 
 
 def test_13_white_is_zero_of_16_bits_is_inverted(home):
