@@ -691,6 +691,10 @@ def read_own_findings(path, labels, classes=""):
         print(f"{path}: not used: {common.listing(rest.columns)}")
     if {",", "."} <= set("".join(table[numbers].to_numpy().ravel())):
         raise UserError(f"{path}: numbers with commas and others with points; write 1040 and 12.5")
+    texts = table[numbers].stack()
+    thousands = texts[texts.str.fullmatch(r"\d+\.\d{3}")].unique()
+    if len(thousands):
+        common.warn(f"{path}: points are taken for decimal ones in {common.listing(thousands)}")
     for name in numbers:
         text = table[name].str.replace(r",(?!\d{3}$)", ".", regex=True)  # 1,020 may be a thousand
         table[name] = pd.to_numeric(text, errors="coerce")
