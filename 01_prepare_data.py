@@ -450,9 +450,10 @@ def checked_labels(table, rest, classes, path):
             f"{common.listing(table.loc[bad, 'label'].unique())}); labels are benign, normal, "
             'malignant or 0, 1, 2; --classes "cancer=malignant,..." says what other words mean'
         )
+    known = named_classes(classes)
     for name in rest:
         words = rest[name][rest[name] != ""].str.lower()
-        second = words[~words.str.fullmatch(r"[\d.]+")].map(named_classes(classes))
+        second = words[~words.str.fullmatch(r"[\d.]+")].map(known)
         other = second.index[second.notna() & (second != label[second.index])]
         if len(other):
             raise UserError(f'{path}: the label and the column "{name}" contradict in line '
@@ -600,7 +601,7 @@ def say_contradictions(labels, paths, headers, folder, classes, path):
                                           if word and known[word] != rows["label"][i]]}  # fmt: skip
     if len(headers):
         rows = rows.loc[headers.index]
-        sides = headers["laterality"].replace({"R": "right", "L": "left"})
+        sides = sides_of(headers["laterality"])
         differ = (sides != "") & (rows["laterality"] != "") & (sides != rows["laterality"])
         patients = rows["patient"].groupby(headers["patient"]).transform("nunique")
         wrong["the laterality of their headers"] = rows.index[differ]
@@ -689,9 +690,9 @@ def read_own_findings(path, labels, classes=""):
                         f"found {common.listing([*table, *rest])}")  # fmt: skip
     if len(rest.columns):
         print(f"{path}: not used: {common.listing(rest.columns)}")
-    if {",", "."} <= set("".join(table[numbers].to_numpy().ravel())):
+    texts = pd.Series(table[numbers].to_numpy().ravel())
+    if {",", "."} <= set("".join(texts)):
         raise UserError(f"{path}: numbers with commas and others with points; write 1040 and 12.5")
-    texts = table[numbers].stack()
     thousands = texts[texts.str.fullmatch(r"\d+\.\d{3}")].unique()
     if len(thousands):
         common.warn(f"{path}: points are taken for decimal ones in {common.listing(thousands)}")

@@ -428,6 +428,12 @@ BOTH_WAYS = ["AUC malignant", "AUC abnormal", "accuracy", "macro F1", "malignant
              "specificity at the point"]  # fmt: skip
 
 
+def side_by_side(ways, names):
+    """Return the values and intervals of some metrics, for each of the ways {name: metrics}."""
+    kept = {way: metrics.loc[names, ["value", "low", "high"]] for way, metrics in ways.items()}
+    return pd.concat(kept, axis=1).dropna(how="all")
+
+
 def film_alone(predictions, folds, tempering):
     """Return the predictions as they are without the patient's other film."""
     p, prior = predictions[ALONE].to_numpy(), {fold.number: fold.prior for fold in folds}
@@ -443,8 +449,7 @@ if __name__ == "__main__" and judging:
     recalled_alone = above_threshold(alone, thresholds_alone)
     metrics_alone = summarise(measure(alone, recalled_alone, draws), settings.resamples)
     ways = {"film alone": metrics_alone, "beside the other breast": metrics}
-    kept = {name: table.loc[BOTH_WAYS, ["value", "low", "high"]] for name, table in ways.items()}
-    other_breast = pd.concat(kept, axis=1).dropna(how="all")
+    other_breast = side_by_side(ways, BOTH_WAYS)
     common.table(other_breast.round(3), f"without and with the patient's other film; {scope}")
 
 
@@ -468,8 +473,7 @@ if __name__ == "__main__" and judging:
         ),
         f"tempering {settings.tempering}": metrics,
     }
-    kept = {name: table.loc[DECIDED, ["value", "low", "high"]] for name, table in ways.items()}
-    decision = pd.concat(kept, axis=1).dropna(how="all")
+    decision = side_by_side(ways, DECIDED)
     common.table(decision.round(3), f"what films are called, in two ways; {scope}")
 
 

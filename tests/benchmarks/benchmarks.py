@@ -670,13 +670,18 @@ def rounded_convolutions(device):
         nn.Conv2d._conv_forward = plain
 
 
-def quality(base, settings, home):
-    """Return rows: validation loss and macro-F1 of fold 0 in both precisions, seed by seed."""
-    device = common.choose_device(settings.device)
+def ready_to_train(base, settings, home):
+    """Prepare the films of `base` below `home`; return the flags that step 4 takes from here."""
     folder = Path(base.table["file"].iloc[0]).parent
     run_step_1(settings, home, images=folder, allow_partial=True)
     names = "source device batch_size epochs weights".split()
-    flags = {name: getattr(settings, name) for name in names}
+    return {name: getattr(settings, name) for name in names}
+
+
+def quality(base, settings, home):
+    """Return rows: validation loss and macro-F1 of fold 0 in both precisions, seed by seed."""
+    device = common.choose_device(settings.device)
+    flags = ready_to_train(base, settings, home)
     flags.update(run="quality", overwrite=True, patience=10**6)  # all train equally long
     found = []
     for seed in range(settings.seeds):
@@ -712,10 +717,7 @@ CURVES = {"AUC malignant": "#D55E00", "AUC abnormal": "#0072B2", "macro F1": "#0
 
 def learning_curve(base, settings, home):
     """Return pooled test metrics for each share of the training patients, seed by seed."""
-    folder = Path(base.table["file"].iloc[0]).parent
-    run_step_1(settings, home, images=folder, allow_partial=True)
-    names = "source device batch_size epochs weights precision".split()
-    flags = {name: getattr(settings, name) for name in names}
+    flags = {**ready_to_train(base, settings, home), "precision": settings.precision}
     found = []
     for seed in range(settings.seeds):
         for share in SHARES:
