@@ -51,7 +51,7 @@ if __name__ == "__main__":
 
 # %% The parts of a fold: training, validation and test patients
 # The fold itself is the test set, looked at once. Of the other patients a stratified share is kept
-# for validation: it chooses the epoch, the temperature and the threshold.
+# for validation: it chooses the epoch, the calibration and the threshold.
 def named_folds(text, splits):
     """Return the folds that a setting such as "0", "0,2" or "all" names, a list of int."""
     text, total = str(text), splits["fold"].nunique()

@@ -293,26 +293,29 @@ def heat_maps(logits, places, stage):
     return [((film + mirrored.flip(1)) / 2).cpu() for film, mirrored in heat]
 
 
-# %% The other breast, and probabilities that mean what they say
+# %% The other breast
 # Breasts of one woman are alike, so that what both show is her tissue and what one shows is news:
-# a film's logits are raised by as much as they exceed the other's. Training saw the classes
-# equally often: Bayes' rule puts their frequency back in, and a temperature chosen on validation
-# films mends what is too sure (Guo, Pleiss, Sun and Weinberger, ICML 2017).
-def beside_other_breast(logits, films):
+# a film's logits are raised by what they exceed the other's, times a weight. How much that says
+# depends on how films were collected, so validation films choose the weight.
+def beside_other_breast(logits, films, weight=1.0):
     """Judge films against the same patient's other breast.
 
     `logits` is (n, 3), of each film alone; `films` has patient and laterality ("left", "right" or
-    "") for each. Returns twice the own minus the (mean of the) other's, tensor (n, 3); a film
-    whose other breast is not among them keeps its own.
+    "") for each. Returns own + weight * (own - mean of the other's), tensor (n, 3); a film whose
+    other breast is not among them keeps its own.
     """
     logits = pd.DataFrame(np.asarray(logits))
     patients, sides = np.asarray(films["patient"]), pd.Series(list(films["laterality"]))
     means = logits.groupby([patients, sides.to_numpy()]).mean()
     opposite = sides.map({"left": "right", "right": "left"}).fillna("no other")
     others = means.reindex(pd.MultiIndex.from_arrays([patients, opposite])).to_numpy()
-    return torch.tensor((2 * logits - others).fillna(logits).to_numpy())
+    return torch.tensor((logits + weight * (logits - others)).fillna(logits).to_numpy())
 
 
+# %% Probabilities that mean what they say
+# Training saw the classes equally often: Bayes' rule puts their frequency back in, and a
+# temperature chosen on validation films mends what is too sure (Guo, Pleiss, Sun and Weinberger,
+# ICML 2017).
 def calibrated(logits, temperature, prior):
     """Return logits / temperature + log(prior), (n, 3); `prior` (3,): how frequent classes are."""
     return torch.as_tensor(logits) / temperature + prior.log()
@@ -334,10 +337,28 @@ def decide(probabilities, prior, tempering):
 
 
 def fit_temperature(logits, labels, prior):
-    """Return the temperature, 0.05 to 20, that makes validation labels (n,) most likely."""
+    """Return the loss of validation labels (n,) and the temperature, 0.05 to 20, of the least."""
     candidates = torch.linspace(-3, 3, 1201).exp()  # steps of half a per cent
-    losses = [F.cross_entropy(calibrated(logits, t, prior), labels) for t in candidates]
-    return float(candidates[torch.stack(losses).argmin()])
+    posterior = F.log_softmax(calibrated(logits.float(), candidates[:, None, None], prior), 2)
+    losses = -posterior[:, torch.arange(len(labels)), labels].mean(1)
+    return losses.min().item(), candidates[losses.argmin()].item()
+
+
+OTHER_BREAST = (1.0, 0.0, 0.5, 1.5, 2.0, 3.0)  # weights to choose from; the first if all do alike
+
+
+def fit_calibration(logits, films, labels, prior):
+    """Return the other breast's "weight" and temperatures, "beside" it and "alone".
+
+    They make the labels (n,) of validation films most likely.
+    """
+    found = {
+        w: fit_temperature(beside_other_breast(logits, films, w), labels, prior)
+        for w in OTHER_BREAST
+    }
+    weight = min(found, key=found.get)
+    alone = fit_temperature(logits, labels, prior)[1]
+    return {"beside": found[weight][1], "alone": alone, "weight": weight}
 
 
 # %% Look: the stages with their parameters and output shapes

@@ -232,7 +232,7 @@ def batch_loss(model, batch, dataset, plan, generator):
     """Augment a batch (films, labels, rows); return its loss and which films were right (B,)."""
     films, labels, rows = batch
     device, circles, centres = next(model.parameters()).device, None, None
-    films = films.to(device).float() / 255
+    films = films.to(device).float().div_(255)  # in place: large canvases take a while
     # Circles of true labels would give shuffled ones away; own films may have none.
     if plan.recipe == "lesion" and dataset.circles and not plan.shuffle_labels:
         circles, known = (part.to(device) for part in dataset.lesion_maps(rows))
@@ -411,10 +411,10 @@ def train_epoch(state, progress):
 
 
 # %% Validation: films judged beside the other breast, as they are in the end
-# The temperature is fitted on the validation films, and their loss at that temperature chooses the
-# epoch: it judges how well films are ranked and how sure to be, not how loud the logits are.
+# The other breast's weight and the temperature are fitted on the validation films, and their loss
+# with these chooses the epoch: it judges how well films are ranked, not how loud the logits are.
 def validate(state):
-    """Return the logits of the validation films, temperatures (beside, alone) and metrics."""
+    """Return the logits of the validation films, what calibrates them, and metrics."""
     films = state.validation_films
     share = data.MammogramDataset(films.prepared, films.rows[state.rank :: state.count])
     for buffer in state.average.buffers() if state.count > 1 else ():
@@ -424,13 +424,10 @@ def validate(state):
     logits = torch.empty(len(films), len(CLASS_NAMES))
     for number, part in enumerate(common.collect(read) if state.count > 1 else [read]):
         logits[number :: state.count] = part
-    labels = films.labels
-    judged = network.beside_other_breast(logits, films.table())
-    temperatures = {
-        "beside": network.fit_temperature(judged, labels, state.prior),
-        "alone": network.fit_temperature(logits, labels, state.prior),
-    }
-    judged = network.calibrated(judged, temperatures["beside"], state.prior)
+    labels, table = films.labels, films.table()
+    calibration = network.fit_calibration(logits, table, labels, state.prior)
+    judged = network.beside_other_breast(logits, table, calibration["weight"])
+    judged = network.calibrated(judged, calibration["beside"], state.prior)
     predicted = judged.argmax(1)
     recall = recall_score(labels == MALIGNANT, predicted == MALIGNANT, zero_division=0)
     metrics = {
@@ -444,12 +441,12 @@ def validate(state):
             f"the validation loss became {metrics['val_loss']} in epoch "
             f"{state.progress['epoch'] + 1}; the last good checkpoint is kept. Try a lower --lr"
         )
-    return logits, temperatures, metrics
+    return logits, calibration, metrics
 
 
 # %% Checkpoints: the best epoch for judging, the last one for going on
 # Tensors and plain values only; each file is written whole or not at all. best.pt has all that it
-# takes to judge a film: weights, class frequencies, temperatures, validation logits.
+# takes to judge a film: weights, class frequencies, calibration, validation logits.
 HISTORY = [
     "fold", "epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy",
     "val_macro_f1", "val_malignant_recall", "seconds", "films_per_second",
@@ -463,10 +460,10 @@ def save_checkpoint(values, path):
 
 
 def save_state(state, folder, record, best=None):
-    """Save the last state and, if validation found it the best, (logits, temperatures)."""
+    """Save the last state and, if validation found it the best, (logits, calibration)."""
     target = folder / f"fold-{state.fold}"
     if best:
-        films, (logits, temperatures) = state.validation_films, best
+        films, (logits, calibration) = state.validation_films, best
         table = films.table()
         validation = {name: list(table[name]) for name in ("image", "patient", "laterality")}
         values = {
@@ -474,7 +471,7 @@ def save_state(state, folder, record, best=None):
             "validation": {**validation, "logits": logits, "labels": films.labels},
             "prior": state.prior,
             "seen": state.seen(),
-            "temperature": temperatures,
+            "calibration": calibration,
             "epoch": state.progress["epoch"],
             "fold": state.fold,
             "record": record,
@@ -671,7 +668,7 @@ if __name__ == "__main__":
                         bar = common.Progress(seen, f"fold {fold} epoch {epoch}")
                         train_loss, train_accuracy = train_epoch(state, bar)
                         speed = seen / (time.perf_counter() - start)
-                        logits, temperatures, validation = validate(state)
+                        logits, calibration, validation = validate(state)
                         state.scheduler.step(validation["val_loss"])
                         row = {"fold": fold, "epoch": epoch, "lr": lr, "train_loss": train_loss,
                                "train_accuracy": train_accuracy, **validation,
@@ -679,7 +676,7 @@ if __name__ == "__main__":
                                "films_per_second": speed}  # fmt: skip
                         better = state.take_note(row)
                         if mate == 0:
-                            best = (logits, temperatures) if better else None
+                            best = (logits, calibration) if better else None
                             save_state(state, run_folder, record, best)
                             bar.close(epoch_line(row, plan.epochs, better))
                 if state.stopped:

@@ -72,22 +72,23 @@ if __name__ == "__main__":
 
 
 # %% Load the run: the best checkpoint of every fold that was trained
-# Its validation films chose the epoch and the temperature; with them the checkpoint has all that
-# is needed to read a film.
+# Its validation films chose the epoch, the other breast's weight and the temperature; with them the
+# checkpoint has all that is needed to read a film.
 class FoldModel(NamedTuple):
     """A fold's model, in evaluation mode, with what turns its logits into probabilities."""
 
     number: int
     model: network.MammogramNet
     prior: torch.Tensor  # (3,), how frequent the classes are in training
-    temperature: dict  # of films "beside" the other breast and "alone"
+    calibration: dict  # temperatures "beside" the other breast and "alone", its "weight"
     validation: dict  # image, patient, laterality, logits (n, 3) and labels (n,) of the best epoch
     epoch: int
 
     def probabilities(self, logits, films, beside):
         """Return calibrated probabilities (n, 3); `films` has each one's patient and laterality."""
-        logits = network.beside_other_breast(logits, films) if beside else logits
-        temperature = self.temperature["beside" if beside else "alone"]
+        if beside:
+            logits = network.beside_other_breast(logits, films, self.calibration["weight"])
+        temperature = self.calibration["beside" if beside else "alone"]
         return network.probabilities(logits, temperature, self.prior)
 
 
@@ -96,7 +97,7 @@ def load_folds(folder, record, device="auto"):
     folds = []
     for path in sorted(folder.glob("fold-*/best.pt")):
         checkpoint = common.read_checkpoint(path)
-        if "seen" not in checkpoint:
+        if "calibration" not in checkpoint:
             raise UserError(f"{path} was made by an earlier version; train again")
         model = network.MammogramNet(record["recipe"], record["dropout"])
         try:
@@ -106,7 +107,7 @@ def load_folds(folder, record, device="auto"):
             raise UserError(f"{path} does not fit recipe {record['recipe']} ({reason})") from None
         model = model.to(common.choose_device(device), memory_format=torch.channels_last)
         model.eval().requires_grad_(False)  # Grad-CAM needs gradients from one stage on
-        rest = (checkpoint[n] for n in ("prior", "temperature", "validation", "epoch"))
+        rest = (checkpoint[n] for n in ("prior", "calibration", "validation", "epoch"))
         folds.append(FoldModel(checkpoint["fold"], model, *rest))
     if not folds:
         raise UserError(f"{folder} has no fold-K/best.pt yet; python 04_train.py --resume makes it")
@@ -135,9 +136,10 @@ if __name__ == "__main__":
         model = fold_models[0].model
         run_data = common.open_prepared(judged_record["source_used"])
         chosen_on_validation = pd.DataFrame(
-            [(f.number, f.epoch, *f.temperature.values(), len(f.validation["labels"]))
+            [(f.number, f.epoch, *f.calibration.values(), len(f.validation["labels"]))
              for f in fold_models],
-            columns=["fold", "best epoch", "temperature", "temperature alone", "validation films"],
+            columns=["fold", "best epoch", "temperature", "temperature alone",
+                     "weight of the other breast", "validation films"],
         )  # fmt: skip
         common.table(chosen_on_validation.round(2), f"run {judged_run.name}")
 
@@ -541,8 +543,8 @@ if __name__ == "__main__" and judging:
 
 # %% Calibration: do probabilities mean what they say, before and after the temperature
 # Of films whose highest probability is 0.7, seven in ten should be right. Before: logits as
-# trained. After: with class frequencies and temperature (Guo et al., ICML 2017). Both beside the
-# other breast.
+# trained, twice a film's own minus the other breast's. After: with that one's fitted weight, class
+# frequencies and temperature (Guo et al., ICML 2017).
 def calibration_errors(probabilities, labels, bins=10):
     """Return the multi-class Brier score and the expected calibration error (Guo et al., 2017).
 
@@ -942,7 +944,7 @@ if __name__ == "__main__" and judging:
         "tempering": settings.tempering,
         "resamples": settings.resamples, "wanted_recall": settings.recall,
         "thresholds": thresholds.to_dict("records"),
-        "temperatures": [{"fold": f.number, **f.temperature} for f in fold_models],
+        "temperatures": [{"fold": f.number, **f.calibration} for f in fold_models],
         "calibration": calibration.to_dict(), "pointing_game": pointing.T.to_dict(),
         "disclaimer": common.DISCLAIMER,
     }  # fmt: skip
@@ -956,8 +958,9 @@ MODEL_CARD = """
 <p>{disclaimer}</p>
 <ul><li>Data: {source}. {scope}</li>
 <li>Protocol: patients, never films, are split; validation patients choose the epoch, the rates,
-the temperature and the threshold; every test film is read once, by the model of its fold, which
-never saw its patient; intervals are 95 % percentiles over resampled patients.</li>
+the temperature, the other breast's weight and the threshold; every test film is read once, by the
+model of its fold, which never saw its patient; intervals are 95 % percentiles over resampled
+patients.</li>
 <li>Model: ResNet18, recipe {recipe}, weights: {weights}. A film is judged beside the same patient's
 other breast where that is there; the figures of each film alone stand in a table of their own.</li>
 <li>Intended use: teaching and research on method. Not for decisions about people.</li>

@@ -450,6 +450,25 @@ def test_a_film_more_suspicious_than_the_other_breast_gains_and_equal_films_keep
         both = {"patient": ["a", "a"], "laterality": ["right", "left"]}
         found = network.beside_other_breast(logits, both)
         assert found[:, MALIGNANT].tolist() == wanted and not found[:, :MALIGNANT].any()
+        assert torch.equal(network.beside_other_breast(logits, both, 0), logits)
+        double = network.beside_other_breast(logits, both, 2)[:, MALIGNANT]
+        assert double.tolist() == [2 * w - x for w, x in zip(wanted, logits[:, MALIGNANT].tolist())]
+
+
+def fitted_weight(shared, sides=("left", "right")):
+    """Fit the calibration on pairs of breasts that have so much of what they show in common."""
+    torch.manual_seed(0)
+    lesion, tissue = torch.randn(600, 2), shared * torch.randn(600, 1) + torch.randn(600, 2)
+    labels = torch.where(lesion > 0.5, MALIGNANT, NORMAL).flatten()
+    logits = (lesion + tissue).view(-1, 1) * torch.tensor([0.0, 0.0, 1.0])
+    films = {"patient": np.repeat(np.arange(600), 2), "laterality": list(sides) * 600}
+    return network.fit_calibration(logits, films, labels, torch.ones(3) / 3)
+
+
+def test_the_other_breasts_weight_follows_what_breasts_have_in_common():
+    much, none, unknown = fitted_weight(9), fitted_weight(0), fitted_weight(9, ("left", ""))
+    assert much["weight"] > 1 and none["weight"] == 0 and unknown["weight"] == 1
+    assert none["beside"] == none["alone"] and much["beside"] != much["alone"]
 
 
 def test_probabilities_follow_bayes_rule():

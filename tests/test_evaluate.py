@@ -225,9 +225,10 @@ def test_temperature_undoes_over_and_underconfidence_and_changes_no_prediction(f
     fair, ones = 1.5 * torch.randn(2000, 3), torch.ones(3)
     for prior in (ones, torch.tensor([0.2, 0.65, 0.15])):
         labels = torch.multinomial(fair.softmax(1) * prior, 1)[:, 0]
-        temperature = network.fit_temperature(fair * factor, labels, prior)
+        loss, temperature = network.fit_temperature(fair * factor, labels, prior)
         assert temperature == pytest.approx(factor, rel=0.1)
-        assert temperature == pytest.approx(fitted(fair * factor, labels, prior), rel=6e-3)
+        wanted, least = fitted(fair * factor, labels, prior)
+        assert (temperature, loss) == (pytest.approx(wanted, rel=6e-3), pytest.approx(least, 1e-4))
         before, after, naive = (
             network.probabilities(fair * factor, t, p)
             for t, p in [(1.0, prior), (temperature, prior), (temperature, ones)]
@@ -369,8 +370,8 @@ def taught(best, prepared):
             state[name] /= spread
     state["film_bias"] -= centre / spread
     # not the fitted one any more, so that a fit after the training would not go unnoticed
-    temperature = {way: 1.3 * t for way, t in best["temperature"].items()}
-    return {**best, "model": state, "temperature": temperature}
+    calibration = {way: 1.3 * value for way, value in best["calibration"].items()}
+    return {**best, "model": state, "calibration": {**calibration, "weight": 1.7}}
 
 
 @pytest.fixture(scope="module")
@@ -428,8 +429,9 @@ def by_hand(fold, canvases, films=None):
         ]
         logits = sum(fold.model(way)[0] for way in ways) / 2
     if films is not None:
-        logits = beside(logits, films["patient"], films["laterality"])
-    return bayes(logits, fold.temperature["alone" if films is None else "beside"], fold.prior)
+        weight = fold.calibration["weight"]
+        logits = beside(logits, films["patient"], films["laterality"], weight)
+    return bayes(logits, fold.calibration["alone" if films is None else "beside"], fold.prior)
 
 
 def threshold_by_hand(fold, recall, alone):
@@ -437,8 +439,8 @@ def threshold_by_hand(fold, recall, alone):
     kept, labels = fold.validation, fold.validation["labels"].numpy()
     logits = kept["logits"].numpy()
     if not alone:
-        logits = beside(logits, kept["patient"], kept["laterality"])
-    scores = bayes(logits, fold.temperature["alone" if alone else "beside"], fold.prior)[
+        logits = beside(logits, kept["patient"], kept["laterality"], fold.calibration["weight"])
+    scores = bayes(logits, fold.calibration["alone" if alone else "beside"], fold.prior)[
         :, MALIGNANT
     ]
     ranked = np.sort(scores[labels == MALIGNANT])[::-1]
@@ -579,18 +581,22 @@ def test_nothing_that_chooses_reads_a_test_patient(run):
         assert list(run.values["thresholds"][number].values()) == pytest.approx(wanted, rel=1e-3)
 
 
-def test_temperature_is_fitted_in_training_and_only_read_after_it(run):
+def test_calibration_is_fitted_in_training_and_only_read_after_it(run):
     for best in run.trained:
         kept, labels = best["validation"], best["validation"]["labels"].numpy()
-        both = beside(kept["logits"], kept["patient"], kept["laterality"])
-        for way, logits in {"alone": kept["logits"], "beside": both}.items():
-            chosen = fitted(logits, labels, best["prior"])
-            assert best["temperature"][way] == pytest.approx(chosen, rel=6e-3)
+        pair = (kept["logits"], kept["patient"], kept["laterality"])
+        both = {weight: beside(*pair, weight) for weight in (0, 0.5, 1, 1.5, 2, 3)}
+        losses = {weight: fitted(z, labels, best["prior"])[1] for weight, z in both.items()}
+        weight = best["calibration"]["weight"]
+        assert losses[weight] == pytest.approx(min(losses.values()), rel=1e-4)
+        for way, logits in {"alone": kept["logits"], "beside": both[weight]}.items():
+            chosen, _ = fitted(logits, labels, best["prior"])
+            assert best["calibration"][way] == pytest.approx(chosen, rel=6e-3)
             assert 0.1 < chosen < 19, "at a limit, where any fit ends"
     for fold, told in zip(run.folds, run.values["temperatures"]):
         read = torch.load(run.folder / f"fold-{fold.number}" / "best.pt", weights_only=True)
-        assert fold.temperature == read["temperature"] != run.trained[fold.number]["temperature"]
-        assert told == {"fold": fold.number, **fold.temperature}
+        assert fold.calibration == read["calibration"] != run.trained[fold.number]["calibration"]
+        assert told == {"fold": fold.number, **fold.calibration}
 
 
 def test_run_is_judged_on_its_own_films_folds_and_shuffled_labels_only(run):
@@ -618,7 +624,7 @@ def test_missing_unfinished_and_damaged_runs_end_with_one_message(run):
     changed = {**run.trained[0], "model": {"head.weight": torch.zeros(3)}}
     torch.save(changed, path)
     assert "does not fit" in refusal(command("--run", "bad"))
-    del changed["seen"]
+    del changed["calibration"]
     torch.save(changed, path)
     assert "earlier version" in refusal(command("--run", "bad"))
     record = {name: value for name, value in run.record.items() if name != "film_bits"}

@@ -165,8 +165,8 @@ def test_run_writes_the_files_and_columns_of_the_contract(tiny, recipe, capsys):
     best, last = load(folder), load(folder, "last.pt")
     assert last["epoch"] == 2 and best["record"]["data"] == record["data"] == tiny.identity()
     kept = tiny.labels.iloc[data.fold_parts(tiny, 0)["validation"]]
-    keys = {"model", "validation", "prior", "temperature", "epoch", "fold", "record", "seen"}
-    assert set(best) == keys and set(best["temperature"]) == {"beside", "alone"}
+    keys = {"model", "validation", "prior", "calibration", "epoch", "fold", "record", "seen"}
+    assert set(best) == keys and set(best["calibration"]) == {"beside", "alone", "weight"}
     for name in ("image", "patient", "laterality"):
         assert best["validation"][name] == kept[name].tolist()
     assert best["validation"]["labels"].tolist() == kept["label"].tolist()
@@ -237,14 +237,15 @@ def test_validation_figures_prior_and_temperatures_follow_from_the_checkpoint(ti
         prior = [1, 1, 1] if balance == "none" else counts / counts.sum()
         assert best["prior"].tolist() == pytest.approx(prior) and np.ptp(counts) > 3
         y = kept["labels"].numpy()
-        judged = conftest.beside(kept["logits"], kept["patient"], kept["laterality"])
+        weight = best["calibration"]["weight"]
+        judged = conftest.beside(kept["logits"], kept["patient"], kept["laterality"], weight)
         assert np.abs(judged - kept["logits"].numpy()).max() > 1e-3 and y.tolist() == (
             labels[parts["validation"]].tolist()
         )
         for how, logits in {"beside": judged, "alone": kept["logits"]}.items():
-            found = conftest.fitted(logits, y, best["prior"])
-            assert best["temperature"][how] == pytest.approx(found, rel=0.011), (balance, how)
-        p = conftest.bayes(judged, best["temperature"]["beside"], best["prior"])
+            found, _ = conftest.fitted(logits, y, best["prior"])
+            assert best["calibration"][how] == pytest.approx(found, rel=0.011), (balance, how)
+        p = conftest.bayes(judged, best["calibration"]["beside"], best["prior"])
         predicted = p.argmax(1)
         figures = [
             sk.log_loss(y, p, labels=range(3)),
@@ -590,7 +591,7 @@ def test_truncated_last_state_is_named_and_the_best_one_offered(tiny):
 def test_runs_and_checkpoints_of_an_earlier_version_are_refused(tiny):
     folder = train().run_folder
     best, record = load(folder), common.read_json(folder / "settings.json")
-    torch.save({k: v for k, v in best.items() if k != "seen"}, folder / "fold-0/best.pt")
+    torch.save({k: v for k, v in best.items() if k != "calibration"}, folder / "fold-0/best.pt")
     with pytest.raises(UserError, match="best.pt was made by an earlier version; train again"):
         conftest.run_main("05_evaluate.py")
     del record["film_bits"]
