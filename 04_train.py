@@ -584,8 +584,8 @@ def begin_run(plan, folder, record):
     print(
         f"run {folder.name}: {record['source_used']}, {record['data']['films']} films of {size} px"
         f"{', ' + record['note'] if record['note'] else ''}, split seed {record['split_seed']}, "
-        f"recipe {plan.recipe}, weights: {record['weights_used']}, on {record['device_used']} in "
-        f"{record['precision_used']}"
+        f"recipe {plan.recipe}, window {plan.window:g}, weights: {record['weights_used']}, on "
+        f"{record['device_used']} in {record['precision_used']}"
     )
 
 

@@ -479,7 +479,7 @@ if __name__ == "__main__" and judging:
     common.table(decision.round(3), f"what films are called, in two ways; {scope}")
 
 
-# %% Look: the confusion matrix
+# %% The confusion matrix: what is taken for what
 # Where do the errors go? On MIAS most benign and many malignant films are called normal, since two
 # of three films are.
 if __name__ == "__main__" and judging:
@@ -493,7 +493,7 @@ if __name__ == "__main__" and judging:
     common.show(figure, judged_run / "figures" / "confusion.png")
 
 
-# %% Look: beside the seed project's claim and beside always answering "normal"
+# %% The claim: the seed project's figures, and those of always answering "normal"
 # Always answering normal has an accuracy of 0.64 on MIAS: a figure means something only beside
 # that. The claim is the one that the project began with; nobody has shown how it was measured.
 if __name__ == "__main__" and judging:

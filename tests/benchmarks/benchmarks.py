@@ -146,16 +146,15 @@ def below(home):
     return mock.patch.dict(os.environ, folders)
 
 
-def run_script(name, home, looks=False, **flags):
+def run_script(name, home, **flags):
     """Run a script with flags, data and runs below `home`; return its variables.
 
-    Unless `looks`, its cells that only look are left out, since pictures are not what is timed.
+    Cells that only look are left out, since pictures are not what is timed.
     """
     text = (common.PROJECT / name).read_text(encoding="utf-8")
+    text = re.sub(r"(?ms)^# %% Look.*?(?=^# %%|\Z)", "", text)
     path = home / name
     home.mkdir(parents=True, exist_ok=True)
-    if not looks:
-        text = re.sub(r"(?ms)^# %% Look.*?(?=^# %%|\Z)", "", text)
     path.write_text(text, encoding="utf-8")
     words = [str(path)]
     for flag, value in flags.items():
@@ -724,7 +723,7 @@ def learning_curve(base, settings, home):
             run = f"share-{share:g}-seed-{seed}"
             run_script("04_train.py", home, run=run, fold="all", train_share=share, seed=seed,
                        overwrite=True, **flags)  # fmt: skip
-            metrics = run_script("05_evaluate.py", home, looks=True, run=run)["metrics"]
+            metrics = run_script("05_evaluate.py", home, run=run)["metrics"]
             found += [{"share": share, "seed": seed, "metric": name, **metrics.loc[name]}
                       for name in CURVES]  # fmt: skip
     return pd.DataFrame(found)
