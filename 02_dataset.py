@@ -8,6 +8,7 @@ Out: MammogramDataset, the batches of an epoch, and their augmentation. Nothing 
 """
 
 # %% Imports: this script finds its own folder first, whatever the working directory is
+import copy
 import importlib
 import math
 import sys
@@ -109,12 +110,14 @@ class MammogramDataset(Dataset):
         Row numbers of the films; all of them by default.
     labels : ndarray of int, optional
         One label for each row of `prepared`, in place of the true ones (leak test).
+    reduce : int
+        How many canvas pixels, each way, become one by their mean.
     """
 
-    CELL = 8  # canvas px for one px of the lesion map
+    CELL = 8  # px of a film for one px of the lesion map
 
-    def __init__(self, prepared, rows=None, labels=None):
-        self.prepared, self.films = prepared, prepared.films
+    def __init__(self, prepared, rows=None, labels=None, reduce=1):
+        self.prepared, self.films, self.reduce = prepared, prepared.films, reduce
         self.images = prepared.labels["image"].to_numpy()
         self.rows = np.arange(len(self.films)) if rows is None else np.array(rows)
         true = prepared.labels["label"].to_numpy()
@@ -137,6 +140,12 @@ class MammogramDataset(Dataset):
         none = pd.DataFrame({"image": [], "canvas_radius": []})
         return cls(SimpleNamespace(films=canvases, labels=labels, findings=none))
 
+    def reduced(self, reduce):
+        """Return the same films, reduced."""
+        other = copy.copy(self)
+        other.reduce = reduce
+        return other
+
     def table(self):
         """Return the rows of labels.csv of these films."""
         return self.prepared.labels.iloc[self.rows]
@@ -154,6 +163,8 @@ class MammogramDataset(Dataset):
         """Return a whole batch at once: films (B, 1, H, W) uint8, labels (B,), rows (B,)."""
         rows = self.rows[np.asarray(numbers)]
         films = torch.from_numpy(self.films[rows][:, None])
+        if self.reduce > 1:
+            films = F.avg_pool2d(films.float(), self.reduce).round_().byte()
         return films, self.all_labels[rows], torch.from_numpy(rows)
 
     def lesion_maps(self, rows):
@@ -161,14 +172,15 @@ class MammogramDataset(Dataset):
 
         Returns
         -------
-        maps : float32 tensor, shape (B, 2, height / CELL, width / CELL)
+        maps : float32 tensor, shape (B, 2, height / CELL, width / CELL), of the film's sides
             1 inside a benign (channel 0) or a malignant circle (channel 1), else 0. A circle
             counts at least the pixel that its centre lies in.
         known : bool tensor, shape (B,)
             Whether the maps are the whole truth.
         """
-        height, width = (math.ceil(side / self.CELL) for side in self.films.shape[1:])
-        ys, xs = np.mgrid[:height, :width] * self.CELL + (self.CELL - 1) / 2
+        cell = self.CELL * self.reduce  # canvas px
+        height, width = (math.ceil(side / cell) for side in self.films.shape[1:])
+        ys, xs = np.mgrid[:height, :width] * cell + (cell - 1) / 2
         maps = np.zeros((len(rows), 2, height, width), np.float32)
         for n, image in enumerate(self.images[np.asarray(rows)]):
             for circle in self.circles.get(image, []):
@@ -282,10 +294,19 @@ def contrast(films, strength, generator):
     return films * torch.exp(between(strength, generator)).to(films.device)[:, None, None, None]
 
 
-# %% Windows: a part of a large canvas, so that a step sees full resolution at the old price
-# At 1024 rows a film has four times the pixels of 512, and a lesion four times its own. Training
-# looks at windows of half the canvas' sides: three of four times at a circle, where the film has
-# one, else anywhere on the breast. A window is called what its circles say, whatever its film is.
+# %% Two looks at a large canvas: the whole film reduced, and windows of it as it is
+# Each shows a network 512 rows or a little more at a step, so that both cost the same. The whole
+# film shows how tissue is spread, a window small lesions and calcifications. Windows lie three of
+# four times at a circle, where the film has one, else anywhere on the breast, and are called what
+# their circles say, whatever their film is.
+ROWS = 512  # of a film that a step sees, at least
+
+
+def reduction(films):
+    """Return how many times `ROWS` go into the rows of films (n, H, W), 1 at least."""
+    return max(1, films.shape[1] // ROWS)
+
+
 def window_centres(dataset, rows, window, generator):
     """Draw where to look at films, given by their row numbers: float (B, 2), x and y, -1 to 1."""
     height, width = dataset.films.shape[1:]

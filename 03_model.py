@@ -261,8 +261,9 @@ def predict(model, dataset, batch_size=8, dtype=torch.float32, progress=None, ma
     hook = stage.register_forward_hook(keep) if maps else None
     model.eval()
     try:
-        # of larger canvases fewer at once, for they take as much memory as those of 512 x 288
-        fewer = math.ceil(batch_size * min(1, 512 * 288 / math.prod(dataset.films.shape[1:])))
+        # of larger films fewer at once, for they take as much memory as those of 512 x 288
+        pixels = math.prod(dataset.films.shape[1:]) / dataset.reduce**2
+        fewer = math.ceil(batch_size * min(1, 512 * 288 / pixels))
         for films, _, _ in data.batches(dataset, fewer):
             films = films.to(device).float() / 255
             with torch.set_grad_enabled(maps):
@@ -280,6 +281,19 @@ def predict(model, dataset, batch_size=8, dtype=torch.float32, progress=None, ma
             hook.remove()
     logits, *heat = zip(*parts)
     return Reading(torch.cat(logits), *(torch.cat(part).numpy() for part in heat))
+
+
+def mean_reading(readings):
+    """Average Readings with maps of the same films; Grad-CAMs count alike, 1 at their highest."""
+    shape = max(reading.places.shape[1:] for reading in readings)
+
+    def mean(maps):
+        maps = [F.interpolate(torch.from_numpy(m)[:, None], shape, mode="bilinear") for m in maps]
+        return torch.cat(maps, 1).mean(1).numpy()
+
+    cams = mean([r.cams / r.cams.max((1, 2), keepdims=True).clip(1e-9) for r in readings])
+    logits = torch.stack([reading.logits for reading in readings]).mean(0)
+    return Reading(logits, cams, mean([reading.places for reading in readings]))
 
 
 def heat_maps(logits, places, stage):

@@ -14,11 +14,12 @@ Out: runs/<run>/settings.json, history.csv, figures/, fold-K/best.pt and fold-K/
 import contextlib
 import copy
 import importlib
+import itertools
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Tuple
 
 sys.path.insert(0, str(Path(globals().get("__file__", "cell")).resolve().parent))
 
@@ -52,13 +53,13 @@ class Settings(data.Settings, network.Settings, common.RunSettings):
     overwrite: bool = False  # delete a run of this name first
     balance: Literal["sampler", "loss", "none"] = "sampler"  # how rare classes count: never both
     shuffle_labels: bool = False  # leak test: labels permuted between patients; expect chance
-    epochs: int = 0  # at most; 0: 10 with weights, 16 with a window, 20 from a random start
+    epochs: int = 0  # at most, of windows 1.6 times as many; 0: 10, 20 from a random start
     lr: float = 1e-3  # rate of the new head, AdamW
     backbone_lr: float = 1e-4  # rate of the pretrained stages; a random start takes `lr` for both
     weight_decay: float = 1e-4  # decoupled (AdamW)
     label_smoothing: float = 0.1  # share of the target spread over the classes
     lesion_weight: float = 1.0  # weight of the circles' loss beside the films'; recipe lesion only
-    window: float = 0.0  # share of the canvas' sides that a step sees; 0: 0.5 from 1024 rows on
+    looks: Tuple[str, ...] = ("auto",)  # whole, window or both, a network each; auto: by the canvas
     ema: float = 0.9  # share of the averaged weights kept at each step; the average is judged
     lr_patience: int = 0  # epochs without a better loss that halve the rates; 0: a third of all
     patience: int = 0  # epochs without a better loss that end the training; 0: half of all
@@ -86,6 +87,7 @@ def resumed(settings, prepared):
     ]
     for field in fields(settings):
         mine, old = getattr(settings, field.name), record.get(field.name, field.default)
+        old = tuple(old) if isinstance(old, list) else old  # JSON knows no tuples
         if field.name not in MAY_CHANGE and mine not in (old, field.default):
             changed.append(f"{field.name} {old} -> {mine}")
         elif mine == field.default and field.name not in ("resume", "overwrite"):
@@ -98,21 +100,29 @@ def resumed(settings, prepared):
     return settings, folder
 
 
+LOOKS = ("whole", "window")
+
+
 def make_plan(settings, prepared, weights=None):
     """Return the settings with all values filled in, and the folder of an old run or None."""
     if settings.epochs < 0 or settings.batch_size < 1 or settings.lr <= 0:
         raise UserError("batch size must be at least 1, epochs not negative, the rate above 0")
     settings, folder = resumed(settings, prepared) if settings.resume else (settings, None)
     random_start = weights is None or weights.state is None
-    if not 0 <= settings.window <= 1:
-        raise UserError(f"--window {settings.window}: expected a share, or 0 (by the canvas)")
-    large = prepared.films.shape[1] >= 1024 and len(prepared.findings) > 0
-    window = settings.window or (0.5 if large and settings.recipe == "lesion" else 1.0)
-    epochs = settings.epochs or (20 if random_start else 16 if window < 1 else 10)
+    large, looks = data.reduction(prepared.films) > 1, tuple(dict.fromkeys(settings.looks))
+    if looks == ("auto",):
+        both = large and settings.recipe == "lesion" and len(prepared.findings) > 0
+        looks = LOOKS if both else LOOKS[:1]
+    if not looks or not set(looks) <= set(LOOKS) or "window" in looks and not large:
+        raise UserError(
+            f"--looks {' '.join(looks)}: expected whole or window, or both; windows need a canvas "
+            f"of {2 * data.ROWS} rows or more (step 1, --size 1024x576)"
+        )
+    epochs = settings.epochs or (20 if random_start else 10)
     plan = replace(
         settings,
         epochs=epochs,
-        window=window,
+        looks=looks,
         lr_patience=settings.lr_patience or max(epochs // 3, 1),
         patience=settings.patience or max(epochs // 2, 1),
         backbone_lr=settings.lr if random_start else settings.backbone_lr,
@@ -120,14 +130,24 @@ def make_plan(settings, prepared, weights=None):
     return plan, folder
 
 
+def plans_of_looks(plan):
+    """Return a plan for each look; a window shows a part of a film, and takes more epochs."""
+    waits = {name: getattr(plan, name) for name in ("epochs", "lr_patience", "patience")}
+    longer = {name: round(1.6 * value) for name, value in waits.items()}
+    return [replace(plan, looks=(look,), **(longer if look == "window" else waits))
+            for look in plan.looks]  # fmt: skip
+
+
 # %% The films of the first fold
 # No test film is trained or chosen on. Under torchrun several folds are dealt out to the
 # processes; a single one is trained by all of them together.
 def fold_films(prepared, fold, plan):
-    """Return the training and the validation films of a fold."""
+    """Return the training and the validation films of a fold, as the plan's first look has them."""
     parts = data.fold_parts(prepared, fold, plan.validation, plan.train_share)
     labels = data.shuffled_labels(prepared.labels, plan.seed) if plan.shuffle_labels else None
-    return [data.MammogramDataset(prepared, parts[p], labels) for p in ("train", "validation")]
+    reduce = data.reduction(prepared.films) if plan.looks[0] == "whole" else 1
+    return [data.MammogramDataset(prepared, parts[p], labels, reduce)
+            for p in ("train", "validation")]  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -188,7 +208,7 @@ if __name__ == "__main__":
     with common.first_process_first():
         weights = weights_for(plan, (folds or all_folds)[0], train_films.prepared)
     plan, old_run = make_plan(settings, train_films.prepared, weights)
-    model, optimizer, scheduler = network_and_optimizer(plan, weights)
+    model, optimizer, scheduler = network_and_optimizer(plans_of_looks(plan)[0], weights)
     made_for, beginning = plan, None  # nothing is trained yet
     trained_count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(
@@ -232,15 +252,14 @@ def batch_loss(model, batch, dataset, plan, generator):
     """Augment a batch (films, labels, rows); return its loss and which films were right (B,)."""
     films, labels, rows = batch
     device, circles, centres = next(model.parameters()).device, None, None
-    films = films.to(device).float().div_(255)  # in place: large canvases take a while
+    films = films.to(device).float().div_(255)  # in place: large films take a while
     # Circles of true labels would give shuffled ones away; own films may have none.
     if plan.recipe == "lesion" and dataset.circles and not plan.shuffle_labels:
         circles, known = (part.to(device) for part in dataset.lesion_maps(rows))
-    if plan.window < 1:
-        centres = data.window_centres(dataset, rows, plan.window, generator)
-    films, circles = data.augment(
-        films, labels, generator, plan.augment, circles, plan.window, centres
-    )
+    window = 1 / data.reduction(dataset.films) if plan.looks[0] == "window" else 1.0
+    if window < 1:
+        centres = data.window_centres(dataset, rows, window, generator)
+    films, circles = data.augment(films, labels, generator, plan.augment, circles, window, centres)
     if centres is not None and circles is not None:
         labels = data.window_labels(labels, circles, known)
     dtype = common.choose_precision(plan.precision, device)
@@ -285,11 +304,18 @@ if __name__ == "__main__":
 # %% The state of a fold: all that changes while it trains, so that it can be saved and taken up
 # Single weights are noisy at 25 steps an epoch; their average over the last steps is not. The
 # average is what is validated and kept.
+def folder_name(fold, look):
+    """Return the name of the folder of a fold's network of one look."""
+    return f"fold-{fold}" + ("-window" if look == "window" else "")
+
+
 class FoldState:
-    """One fold in training; `rank` of `count` processes that train it together."""
+    """A fold in training with one look; `rank` of `count` processes that train it together."""
 
     def __init__(self, fold, plan, films, parts, rank=0, count=1):
         self.fold, self.plan, self.rank, self.count = fold, plan, rank, count
+        (self.look,) = plan.looks
+        self.name = folder_name(fold, self.look)
         self.train_films, self.validation_films = films
         self.model, self.optimizer, self.scheduler = parts
         self.scheduler.optimizer = self.optimizer  # one put in the place of ours, too
@@ -347,7 +373,8 @@ class FoldState:
 
     def take_note(self, row):
         """Add an epoch's row of history.csv; return whether it is the best so far."""
-        row = {n: int(v) if n in ("fold", "epoch") else float(v) for n, v in row.items()}
+        kinds = {"fold": int, "epoch": int, "look": str}
+        row = {name: kinds.get(name, float)(value) for name, value in row.items()}
         self.progress["history"].append(row)
         self.progress["epoch"], better = row["epoch"], row["val_loss"] < self.progress["best_loss"]
         if better:
@@ -414,9 +441,10 @@ def train_epoch(state, progress):
 # The other breast's weight and the temperature are fitted on the validation films, and their loss
 # with these chooses the epoch: it judges how well films are ranked, not how loud the logits are.
 def validate(state):
-    """Return the logits of the validation films, what calibrates them, and metrics."""
+    """Return the logits of the validation films, and metrics."""
     films = state.validation_films
-    share = data.MammogramDataset(films.prepared, films.rows[state.rank :: state.count])
+    rows = films.rows[state.rank :: state.count]
+    share = data.MammogramDataset(films.prepared, rows, reduce=films.reduce)
     for buffer in state.average.buffers() if state.count > 1 else ():
         torch.distributed.broadcast(buffer, 0)  # batch-norm statistics are each process's own
     dtype = common.choose_precision(state.plan.precision, next(state.model.parameters()).device)
@@ -441,15 +469,15 @@ def validate(state):
             f"the validation loss became {metrics['val_loss']} in epoch "
             f"{state.progress['epoch'] + 1}; the last good checkpoint is kept. Try a lower --lr"
         )
-    return logits, calibration, metrics
+    return logits, metrics
 
 
 # %% Checkpoints: the best epoch for judging, the last one for going on
 # Tensors and plain values only; each file is written whole or not at all. best.pt has all that it
-# takes to judge a film: weights, class frequencies, calibration, validation logits.
+# takes to judge a film: weights, class frequencies, and validation logits to calibrate it by.
 HISTORY = [
     "fold", "epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy",
-    "val_macro_f1", "val_malignant_recall", "seconds", "films_per_second",
+    "val_macro_f1", "val_malignant_recall", "seconds", "films_per_second", "look",
 ]  # fmt: skip
 
 
@@ -459,11 +487,11 @@ def save_checkpoint(values, path):
         torch.save(values, file)  # given a name, torch would not say that the disk is full
 
 
-def save_state(state, folder, record, best=None):
-    """Save the last state and, if validation found it the best, (logits, calibration)."""
-    target = folder / f"fold-{state.fold}"
-    if best:
-        films, (logits, calibration) = state.validation_films, best
+def save_state(state, folder, record, logits=None):
+    """Save the last state and, if it is the best so far, the logits of its validation films."""
+    target = folder / state.name
+    if logits is not None:
+        films = state.validation_films
         table = films.table()
         validation = {name: list(table[name]) for name in ("image", "patient", "laterality")}
         values = {
@@ -471,7 +499,7 @@ def save_state(state, folder, record, best=None):
             "validation": {**validation, "logits": logits, "labels": films.labels},
             "prior": state.prior,
             "seen": state.seen(),
-            "calibration": calibration,
+            "reduce": films.reduce,
             "epoch": state.progress["epoch"],
             "fold": state.fold,
             "record": record,
@@ -488,7 +516,7 @@ def save_state(state, folder, record, best=None):
 def write_history(state, folder):
     """Write a fold's history.csv, and with it the run's."""
     table = pd.DataFrame(state.progress["history"], columns=HISTORY)
-    common.write_csv(table, folder / f"fold-{state.fold}" / "history.csv")
+    common.write_csv(table, folder / state.name / "history.csv")
     merge_histories(folder)
 
 
@@ -506,7 +534,7 @@ def merge_histories(folder):
 # for bit what it would have been without the stop.
 def take_up(state, folder):
     """Go on from last.pt of a fold, if it is there; name what is still good if it is damaged."""
-    target = folder / f"fold-{state.fold}"
+    target = folder / state.name
     if not (target / "last.pt").is_file():
         return
     try:
@@ -584,8 +612,8 @@ def begin_run(plan, folder, record):
     print(
         f"run {folder.name}: {record['source_used']}, {record['data']['films']} films of {size} px"
         f"{', ' + record['note'] if record['note'] else ''}, split seed {record['split_seed']}, "
-        f"recipe {plan.recipe}, window {plan.window:g}, weights: {record['weights_used']}, on "
-        f"{record['device_used']} in {record['precision_used']}"
+        f"recipe {plan.recipe}, looks {' and '.join(plan.looks)}, weights: "
+        f"{record['weights_used']}, on {record['device_used']} in {record['precision_used']}"
     )
 
 
@@ -608,7 +636,8 @@ def epoch_line(row, epochs, better):
     """Return a row of history.csv in words."""
     left = common.clock((epochs - row["epoch"]) * row["seconds"])
     return (
-        f"fold {row['fold']} epoch {row['epoch']:2d}/{epochs}  loss {row['train_loss']:.3f}  "
+        f"{folder_name(row['fold'], row['look']).replace('-', ' ')} epoch "
+        f"{row['epoch']:2d}/{epochs}  loss {row['train_loss']:.3f}  "
         f"val loss {row['val_loss']:.3f}  accuracy {row['val_accuracy']:.2f}  "
         f"macro-F1 {row['val_macro_f1']:.2f}  malignant recall {row['val_malignant_recall']:.2f}  "
         f"lr {row['lr']:.0e}  {row['films_per_second']:.1f} films/s  {left} left"
@@ -633,8 +662,9 @@ if __name__ == "__main__":
         )
     if beginning:  # the cell runs again, and the network was trained in it
         model, optimizer, scheduler = beginning[0]
+    plans = plans_of_looks(plan)
     if plan.lr_patience != made_for.lr_patience:  # it follows from the epochs
-        scheduler.patience = plan.lr_patience - 1
+        scheduler.patience = plans[0].lr_patience - 1
     chosen = old_run or (new_run(plan, train_films.prepared) if rank == 0 else None)
     run_folder = common.collect(chosen)[0]
     record = describe_run(plan, train_films.prepared, run_folder, weights.name, model)
@@ -644,16 +674,16 @@ if __name__ == "__main__":
             begin_run(plan, run_folder, record)
         beginning = copy.deepcopy((model, optimizer, scheduler)), optimizer
         common.collect(None)  # nobody writes before the run is begun
-        for fold in folds:
+        for fold, look_plan in itertools.product(folds, plans):
             try:
                 films, made = (train_films, validation_films), (model, optimizer, scheduler)
                 start_weights = weights
-                if fold != folds[0]:
-                    films = fold_films(train_films.prepared, fold, plan)
+                if (fold, look_plan) != (folds[0], plans[0]):
+                    films = fold_films(train_films.prepared, fold, look_plan)
                     if weights.seen:
                         start_weights = weights_for(plan, fold, train_films.prepared)
-                    made = network_and_optimizer(plan, start_weights)
-                state = FoldState(fold, plan, films, made, mate, mates)
+                    made = network_and_optimizer(look_plan, start_weights)
+                state = FoldState(fold, look_plan, films, made, mate, mates)
                 state.inherited = start_weights.seen
                 if plan.resume:
                     take_up(state, run_folder)
@@ -665,20 +695,19 @@ if __name__ == "__main__":
                     while not state.finished():
                         start, lr = time.perf_counter(), state.optimizer.param_groups[0]["lr"]
                         seen, epoch = len(state.train_films), state.progress["epoch"] + 1
-                        bar = common.Progress(seen, f"fold {fold} epoch {epoch}")
+                        bar = common.Progress(seen, f"{state.name.replace('-', ' ')} epoch {epoch}")
                         train_loss, train_accuracy = train_epoch(state, bar)
                         speed = seen / (time.perf_counter() - start)
-                        logits, calibration, validation = validate(state)
+                        logits, validation = validate(state)
                         state.scheduler.step(validation["val_loss"])
                         row = {"fold": fold, "epoch": epoch, "lr": lr, "train_loss": train_loss,
                                "train_accuracy": train_accuracy, **validation,
                                "seconds": time.perf_counter() - start,
-                               "films_per_second": speed}  # fmt: skip
+                               "films_per_second": speed, "look": state.look}  # fmt: skip
                         better = state.take_note(row)
                         if mate == 0:
-                            best = (logits, calibration) if better else None
-                            save_state(state, run_folder, record, best)
-                            bar.close(epoch_line(row, plan.epochs, better))
+                            save_state(state, run_folder, record, logits if better else None)
+                            bar.close(epoch_line(row, look_plan.epochs, better))
                 if state.stopped:
                     whole = False
                     break
@@ -688,7 +717,7 @@ if __name__ == "__main__":
                 problems.append(f"fold {fold}: {error}")  # the other processes go on
         problems, whole = sum(common.collect(problems), []), all(common.collect(whole))
         history = merge_histories(run_folder) if rank == 0 else pd.DataFrame(columns=HISTORY)
-    best_file = run_folder / f"fold-{(folds or all_folds)[0]}" / "best.pt"
+    best_file = run_folder / folder_name((folds or all_folds)[0], plan.looks[0]) / "best.pt"
     if best_file.is_file():
         model.load_state_dict(common.read_checkpoint(best_file)["model"])
     model.eval()
@@ -708,7 +737,7 @@ if __name__ == "__main__" and len(history):
     panels = [("loss", "train_loss", "val_loss"), ("accuracy", "train_accuracy", "val_accuracy"),
               ("validation score", "val_macro_f1", "val_malignant_recall")]  # fmt: skip
     for axis, (label, first, second) in zip(axes, panels):
-        for _, part in history.groupby("fold"):
+        for _, part in history.groupby(["fold", "look"]):
             axis.plot(part["epoch"], part[first], color="#0072B2", lw=1.2, label=first)
             axis.plot(part["epoch"], part[second], color="#D55E00", lw=1.2, label=second)
             best_row = part.loc[part["val_loss"].idxmin()]

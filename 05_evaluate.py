@@ -71,18 +71,29 @@ if __name__ == "__main__":
     settings = common.command_line(Settings, __doc__)
 
 
-# %% Load the run: the best checkpoint of every fold that was trained
-# Its validation films chose the epoch, the other breast's weight and the temperature; with them the
-# checkpoint has all that is needed to read a film.
+# %% Load the run: the best checkpoints of every fold that was trained
+# A fold has a network for each look, whose logits are averaged. Validation films chose their
+# epochs; the checkpoints keep these films' logits, and from them come the other breast's weight and
+# the temperature.
 class FoldModel(NamedTuple):
-    """A fold's model, in evaluation mode, with what turns its logits into probabilities."""
+    """A fold's networks, in evaluation mode, with what turns their logits into probabilities."""
 
     number: int
-    model: network.MammogramNet
+    models: list
+    reduce: list  # how many times each of them has films reduced
     prior: torch.Tensor  # (3,), how frequent the classes are in training
     calibration: dict  # temperatures "beside" the other breast and "alone", its "weight"
-    validation: dict  # image, patient, laterality, logits (n, 3) and labels (n,) of the best epoch
-    epoch: int
+    validation: dict  # image, patient, laterality, logits (n, 3) and labels (n,) of the best epochs
+    epochs: list
+
+    def read(self, dataset, *arguments, **options):
+        """Return the Reading of a dataset, of all looks together; see `network.predict`."""
+        films = [dataset.reduced(times) for times in self.reduce]
+        readings = [
+            network.predict(model, part, *arguments, maps=True, **options)
+            for model, part in zip(self.models, films)
+        ]
+        return network.mean_reading(readings)
 
     def probabilities(self, logits, films, beside):
         """Return calibrated probabilities (n, 3); `films` has each one's patient and laterality."""
@@ -94,10 +105,10 @@ class FoldModel(NamedTuple):
 
 def load_folds(folder, record, device="auto"):
     """Return the FoldModels of a run (folder runs/<run>, record its settings.json), in order."""
-    folds = []
+    found = {}
     for path in sorted(folder.glob("fold-*/best.pt")):
         checkpoint = common.read_checkpoint(path)
-        if "calibration" not in checkpoint:
+        if "reduce" not in checkpoint:
             raise UserError(f"{path} was made by an earlier version; train again")
         model = network.MammogramNet(record["recipe"], record["dropout"])
         try:
@@ -107,10 +118,19 @@ def load_folds(folder, record, device="auto"):
             raise UserError(f"{path} does not fit recipe {record['recipe']} ({reason})") from None
         model = model.to(common.choose_device(device), memory_format=torch.channels_last)
         model.eval().requires_grad_(False)  # Grad-CAM needs gradients from one stage on
-        rest = (checkpoint[n] for n in ("prior", "calibration", "validation", "epoch"))
-        folds.append(FoldModel(checkpoint["fold"], model, *rest))
-    if not folds:
+        found.setdefault(checkpoint["fold"], []).append({**checkpoint, "model": model})
+    if not found:
         raise UserError(f"{folder} has no fold-K/best.pt yet; python 04_train.py --resume makes it")
+    folds = []
+    for number, looks in found.items():
+        if len(looks) < len(record["looks"]):
+            common.warn(f"fold {number} is not trained with all looks yet, and judged without them")
+        validation, prior = dict(looks[0]["validation"]), looks[0]["prior"]
+        logits = torch.stack([look["validation"]["logits"] for look in looks]).mean(0)
+        validation["logits"] = logits
+        fitted = network.fit_calibration(logits, validation, validation["labels"], prior)
+        models, reduce, epochs = ([look[n] for look in looks] for n in ("model", "reduce", "epoch"))
+        folds.append(FoldModel(number, models, reduce, prior, fitted, validation, epochs))
     return folds
 
 
@@ -133,12 +153,12 @@ if __name__ == "__main__":
     if judging:
         judged_run, judged_record = open_run(settings.run)
         fold_models = load_folds(judged_run, judged_record, settings.device)
-        model = fold_models[0].model
+        model = fold_models[0].models[0]
         run_data = common.open_prepared(judged_record["source_used"])
         chosen_on_validation = pd.DataFrame(
-            [(f.number, f.epoch, *f.calibration.values(), len(f.validation["labels"]))
-             for f in fold_models],
-            columns=["fold", "best epoch", "temperature", "temperature alone",
+            [(f.number, common.listing(f.epochs), *f.calibration.values(),
+              len(f.validation["labels"])) for f in fold_models],
+            columns=["fold", "best epochs", "temperature", "temperature alone",
                      "weight of the other breast", "validation films"],
         )  # fmt: skip
         common.table(chosen_on_validation.round(2), f"run {judged_run.name}")
@@ -167,11 +187,12 @@ def predict_run(folds, prepared, record, settings):
     labels = data.shuffled_labels(prepared.labels, record["seed"]) if shuffled else None
     dtype = common.choose_precision(settings.precision, common.choose_device(settings.device))
     rows = {f.number: np.flatnonzero(prepared.splits["fold"] == f.number) for f in folds}
-    progress = common.Progress(sum(map(len, rows.values())), "predicting")
+    total = sum(len(fold.models) * len(rows[fold.number]) for fold in folds)
+    progress = common.Progress(total, "predicting")
     tables, readings = [], []
     for fold in folds:
         test = data.MammogramDataset(prepared, rows[fold.number], labels)
-        read = network.predict(fold.model, test, settings.batch_size, dtype, progress, maps=True)
+        read = fold.read(test, settings.batch_size, dtype, progress)
         table = prepared.splits.iloc[test.rows][["image", "patient", "fold"]].copy()
         table["label"] = test.labels.numpy()
         table[PROBABILITIES] = fold.probabilities(read.logits, test.table(), beside=True)
@@ -792,8 +813,8 @@ def read_own_films(paths, folder, record, settings):
     films, placed = place_own_films(paths, settings, record)
     canvases = np.stack([canvas for canvas, _ in placed])
     dataset = data.MammogramDataset.of_canvases(canvases)
-    bar = common.Progress(len(folds) * len(films), "reading")
-    readings = [network.predict(f.model, dataset, 1, progress=bar, maps=True) for f in folds]
+    bar = common.Progress(sum(len(fold.models) for fold in folds) * len(films), "reading")
+    readings = [fold.read(dataset, 1, progress=bar) for fold in folds]
     bar.close()
     couple = {"patient": [0] * len(films), "laterality": ["left", "right"][: len(films)]}
     p = np.mean([f.probabilities(r.logits, couple if settings.pair else None, settings.pair)

@@ -840,7 +840,7 @@ def find_run(name=""):
 def read_record(folder):
     """Read settings.json of a run; a run of an earlier version is refused."""
     record = read_json(folder / "settings.json")
-    if "film_bits" not in record:
+    if "looks" not in record:
         raise UserError(f"the run {folder.name} was made by an earlier version; train again")
     return record
 

@@ -190,10 +190,10 @@ def test_fold_trained_together_can_be_evaluated(team):
     machine = {"device": "cpu", "precision": "fp32"}
     found = run_main("05_evaluate.py", run="together", resamples=20, **machine)
     (fold,) = found.fold_models
-    assert all(torch.isfinite(value).all() for value in fold.model.state_dict().values())
+    assert all(torch.isfinite(value).all() for value in fold.models[0].state_dict().values())
     parts = data.fold_parts(team.prepared, 0)
     validation = data.MammogramDataset(team.prepared, parts["validation"])
-    again = network.predict(fold.model, validation).logits
+    again = network.predict(fold.models[0], validation).logits
     assert torch.allclose(again, fold.validation["logits"], 1e-4, 1e-4), "out of order"
     assert again.std(0).min() > 1e-4
     test = team.prepared.labels["image"].iloc[parts["test"]]

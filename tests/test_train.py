@@ -31,7 +31,7 @@ data, network = step.data, step.network
 SCRIPT = conftest.PROJECT / "04_train.py"
 COLUMNS = (
     "fold,epoch,lr,train_loss,train_accuracy,val_loss,val_accuracy,val_macro_f1,"
-    "val_malignant_recall,seconds,films_per_second"
+    "val_malignant_recall,seconds,films_per_second,look"
 ).split(",")
 # A quick run: only the heads are trained, unless `freeze` says otherwise.
 QUICK = {"source": "phantom", "weights": "none", "epochs": 1, "precision": "fp32", "freeze": 5,
@@ -165,8 +165,8 @@ def test_run_writes_the_files_and_columns_of_the_contract(tiny, recipe, capsys):
     best, last = load(folder), load(folder, "last.pt")
     assert last["epoch"] == 2 and best["record"]["data"] == record["data"] == tiny.identity()
     kept = tiny.labels.iloc[data.fold_parts(tiny, 0)["validation"]]
-    keys = {"model", "validation", "prior", "calibration", "epoch", "fold", "record", "seen"}
-    assert set(best) == keys and set(best["calibration"]) == {"beside", "alone", "weight"}
+    keys = {"model", "validation", "prior", "reduce", "epoch", "fold", "record", "seen"}
+    assert set(best) == keys and best["reduce"] == 1
     for name in ("image", "patient", "laterality"):
         assert best["validation"][name] == kept[name].tolist()
     assert best["validation"]["labels"].tolist() == kept["label"].tolist()
@@ -226,7 +226,7 @@ def test_rare_classes_count_by_the_sampler_or_the_loss_but_never_both(tiny, bala
         assert set(counts) == {80}
 
 
-def test_validation_figures_prior_and_temperatures_follow_from_the_checkpoint(tiny):
+def test_validation_figures_and_prior_follow_from_the_checkpoint(tiny):
     for balance, changes in {"sampler": {}, "none": {}, "loss": {"shuffle_labels": True}}.items():
         run = train(balance=balance, lr=0.05, epochs=2, **changes)
         best, labels = load(run.run_folder), tiny.labels["label"].to_numpy()
@@ -237,15 +237,15 @@ def test_validation_figures_prior_and_temperatures_follow_from_the_checkpoint(ti
         prior = [1, 1, 1] if balance == "none" else counts / counts.sum()
         assert best["prior"].tolist() == pytest.approx(prior) and np.ptp(counts) > 3
         y = kept["labels"].numpy()
-        weight = best["calibration"]["weight"]
-        judged = conftest.beside(kept["logits"], kept["patient"], kept["laterality"], weight)
+        pairs = (kept["logits"], kept["patient"], kept["laterality"])
+        ways = {weight: conftest.beside(*pairs, weight) for weight in (1, 0, 0.5, 1.5, 2, 3)}
+        fits = {weight: conftest.fitted(z, y, best["prior"]) for weight, z in ways.items()}
+        weight = min(fits, key=lambda weight: fits[weight][1])
+        judged = conftest.beside(*pairs, 1)
         assert np.abs(judged - kept["logits"].numpy()).max() > 1e-3 and y.tolist() == (
             labels[parts["validation"]].tolist()
         )
-        for how, logits in {"beside": judged, "alone": kept["logits"]}.items():
-            found, _ = conftest.fitted(logits, y, best["prior"])
-            assert best["calibration"][how] == pytest.approx(found, rel=0.011), (balance, how)
-        p = conftest.bayes(judged, best["calibration"]["beside"], best["prior"])
+        p = conftest.bayes(ways[weight], fits[weight][0], best["prior"])
         predicted = p.argmax(1)
         figures = [
             sk.log_loss(y, p, labels=range(3)),
@@ -295,34 +295,65 @@ def test_a_share_of_the_training_patients_changes_nothing_of_the_other_parts(tin
         train(train_share=0)
 
 
-def test_windows_are_seen_in_training_alone_and_resume_bit_for_bit(tiny, monkeypatch):
+def test_both_looks_cost_the_same_in_training_and_resume_bit_for_bit(tiny, monkeypatch):
     shapes, forward = [], network.MammogramNet.forward
+    monkeypatch.setattr(data, "ROWS", 32)
 
     def noting(self, films):
         shapes.append((self.training, tuple(films.shape[2:])))
         return forward(self, films)
 
     monkeypatch.setattr(network.MammogramNet, "forward", noting)
-    whole = train(run="whole", window=0.5, epochs=2)
-    assert set(shapes) == {(True, (32, 32)), (False, (64, 64)), (False, (32, 32))}  # a look
-    train(run="parts", window=0.5, epochs=1)
+    both = train(run="both", epochs=2)
+    # windows are read whole; a window is looked at before training only where it is the first look
+    assert set(shapes) == {(True, (32, 32)), (False, (32, 32)), (False, (64, 64))}
+    assert both.history["look"].tolist() == ["whole"] * 2 + ["window"] * 3
+    train(run="parts", epochs=1)
     parts = go_on(run="parts", epochs=2)
-    assert_same_runs(whole.run_folder, parts.run_folder)
-    assert common.read_json(parts.run_folder / "settings.json")["window"] == 0.5
-    with pytest.raises(UserError, match="--window 1.5: expected a share"):
-        train(window=1.5)
+    window = train(run="window", looks="window", epochs=2)
+    for name, other in [("0", parts), ("0-window", parts), ("0-window", window)]:
+        found, again = (load(run.run_folder, "last.pt", name) for run in (both, other))
+        assert not differences(found, again)
 
 
-def test_a_large_canvas_with_circles_is_trained_in_windows_of_half_its_sides(tiny):
+@pytest.mark.parametrize("missing", [False, True])
+def test_logits_and_maps_of_both_looks_are_averaged(tiny, monkeypatch, capsys, missing):
+    monkeypatch.setattr(data, "ROWS", 32)
+    folder = train(run="both", epochs=1, lr=0.01).run_folder
+    if missing:
+        shutil.rmtree(folder / "fold-0-window")
+    judged = conftest.run_main("05_evaluate.py", run="both", precision="fp32")
+    assert ("not trained with all looks" in capsys.readouterr().err) == missing
+    (fold,) = judged.fold_models
+    films, looks = data.MammogramDataset(tiny, data.fold_parts(tiny, 0)["test"]), []
+    for model, times in zip(fold.models, fold.reduce):
+        small = data.MammogramDataset(tiny, films.rows, reduce=times)
+        wanted = [film.reshape(64 // times, times, -1, times).mean((1, 3)).round()
+                  for film in tiny.films[films.rows]]  # fmt: skip
+        assert (small.__getitems__(range(len(films)))[0][:, 0].numpy() == wanted).all()
+        looks.append(network.predict(model, small).logits)
+    assert fold.reduce == ([2] if missing else [2, 1])
+    assert judged.reading.logits == pytest.approx(torch.stack(looks).mean(0).numpy(), abs=1e-4)
+    sides = (2, 2) if missing else (4, 4)
+    assert judged.reading.places.shape[1:] == judged.reading.cams.shape[1:] == sides
+    kept = [load(folder, fold=f"0{name}")["validation"]["logits"]
+            for name in ("", "-window")[: len(looks)]]  # fmt: skip
+    assert torch.allclose(fold.validation["logits"], torch.stack(kept).mean(0), 0, 1e-6)
+
+
+def test_a_large_canvas_with_circles_is_looked_at_in_two_ways(tiny):
     large = tiny._replace(films=np.zeros((1, 1024, 576), np.uint8))
-    without = large._replace(findings=tiny.findings[:0])
-    for prepared, recipe, window in [(tiny, "lesion", 1), (large, "lesion", 0.5),
-                                     (large, "plain", 1), (without, "lesion", 1)]:  # fmt: skip
+    without, both = large._replace(findings=tiny.findings[:0]), ("whole", "window")
+    cases = [(tiny, "lesion"), (large, "plain"), (without, "lesion"), (large, "lesion")]
+    for (prepared, recipe), looks in zip(cases, [both[:1]] * 3 + [both]):
         plan, _ = step.make_plan(step.Settings(recipe=recipe), prepared)
-        assert plan.window == window
-    pretrained = network.Weights({}, "some")
-    assert step.make_plan(step.Settings(), large, pretrained)[0].epochs == 16
-    assert step.make_plan(step.Settings(window=1.0), large, pretrained)[0].epochs == 10
+        assert plan.looks == looks
+    plan, _ = step.make_plan(step.Settings(), large, network.Weights({}, "some"))
+    waits = [(p.looks, p.epochs, p.lr_patience, p.patience) for p in step.plans_of_looks(plan)]
+    assert waits == [(("whole",), 10, 3, 5), (("window",), 16, 5, 8)]
+    for looks, prepared in [(("window",), tiny), (("half",), large), ((), large)]:
+        with pytest.raises(UserError, match="--looks.*windows need a canvas of 1024 rows"):
+            step.make_plan(step.Settings(looks=looks), prepared)
 
 
 @pytest.mark.parametrize("share", [0, 0.6, -0.2])
@@ -551,7 +582,7 @@ def note_run(tiny, name, **changes):
     settings = dataclasses.asdict(step.Settings(**{**QUICK, **changes}))
     record = {**settings, "data": tiny.identity(), "note": "", "film_bits": 8}
     common.write_json(record, common.runs_dir(name) / "settings.json")
-    return record
+    return common.read_json(common.runs_dir(name) / "settings.json")
 
 
 @pytest.mark.parametrize(
@@ -591,10 +622,10 @@ def test_truncated_last_state_is_named_and_the_best_one_offered(tiny):
 def test_runs_and_checkpoints_of_an_earlier_version_are_refused(tiny):
     folder = train().run_folder
     best, record = load(folder), common.read_json(folder / "settings.json")
-    torch.save({k: v for k, v in best.items() if k != "calibration"}, folder / "fold-0/best.pt")
+    torch.save({k: v for k, v in best.items() if k != "reduce"}, folder / "fold-0/best.pt")
     with pytest.raises(UserError, match="best.pt was made by an earlier version; train again"):
         conftest.run_main("05_evaluate.py")
-    del record["film_bits"]
+    del record["looks"]
     common.write_json(record, folder / "settings.json")
     for name, changes in {"04_train.py": {"resume": True}, "05_evaluate.py": {}}.items():
         with pytest.raises(UserError, match=f"{folder.name} was made by an earlier version"):
@@ -721,7 +752,7 @@ def test_automatic_precision_is_bf16_only_where_this_processor_multiplies_it(tin
 def test_bf16_trains_and_is_recorded(tiny):
     run = train(precision="bf16", freeze=4)
     assert common.read_json(run.run_folder / "settings.json")["precision_used"] == "bfloat16"
-    assert np.isfinite(run.history).all(axis=None)
+    assert np.isfinite(run.history.drop(columns="look")).all(axis=None)
     assert {v.dtype for v in load(run.run_folder)["model"].values()} == {torch.float32, torch.int64}
 
 

@@ -230,6 +230,7 @@ def new_state(prepared, settings, freeze, precision=None):
         precision=precision or settings.precision,
     )
     plan, _ = steps.make_plan(chosen, prepared)
+    plan = steps.plans_of_looks(plan)[-1]  # on a large canvas windows
     parts = steps.network_and_optimizer(plan, network.Weights(None, "none"))
     return steps.FoldState(0, plan, steps.fold_films(prepared, 0, plan), parts)
 
@@ -315,8 +316,9 @@ def bare_step(state, training):
     model = state.model if training else state.average.module
     device = common.choose_device(state.plan.device)
     dtype = common.choose_precision(state.plan.precision, device)
-    share = state.plan.window if training else 1
-    sides = [round(side * share) for side in state.train_films.films.shape[1:]]
+    films = state.train_films.films
+    times = data.reduction(films) if training else state.train_films.reduce
+    sides = [side // times for side in films.shape[1:]]
     films = torch.rand(state.plan.batch_size, 1, *sides)
     films = films.to(device, memory_format=torch.channels_last)
     labels = torch.arange(len(films), device=device) % 3
