@@ -1,7 +1,8 @@
 """Step 4: train the ResNet18, one fold of the cross-validation or all of them.
 
 In:  what step 1 prepared (it is run if nothing is).
-Out: runs/<run>/settings.json, history.csv, figures/, fold-K/best.pt and fold-K/last.pt.
+Out: runs/<run>/settings.json, history.csv, figures/, fold-K/best.pt and fold-K/last.pt of whole
+     films, and fold-K-window/ of windows of large ones.
 
     python 04_train.py                      fold 0 with the default settings
     python 04_train.py --fold all           every fold, for figures that mean something
@@ -70,6 +71,25 @@ if __name__ == "__main__":
     settings = common.command_line(Settings, __doc__)
 
 
+# %% Looks: a network sees whole films, another windows of large ones as they are
+# Which films the two get wrong differs, so that their mean is better than either. Both see as many
+# pixels at a step; a window is a part of a film, and takes more epochs.
+LOOKS = ("whole", "window")
+
+
+def plans_of_looks(plan):
+    """Return the plan of each look."""
+    waits = {name: getattr(plan, name) for name in ("epochs", "lr_patience", "patience")}
+    longer = {name: round(1.6 * value) for name, value in waits.items()}
+    return [replace(plan, looks=(look,), **(longer if look == "window" else waits))
+            for look in plan.looks]  # fmt: skip
+
+
+def folder_name(fold, look):
+    """Return the name of the folder of a fold's network of one look."""
+    return f"fold-{fold}" + ("-window" if look == "window" else "")
+
+
 # %% The plan: settings with all values filled in or, on resuming, those that the run began with
 # A run goes on with the same films, labels and folds only. Settings of 0 are filled in by the kind
 # of start: with pretrained weights a network learns in fewer epochs, and gently below its head.
@@ -100,9 +120,6 @@ def resumed(settings, prepared):
     return settings, folder
 
 
-LOOKS = ("whole", "window")
-
-
 def make_plan(settings, prepared, weights=None):
     """Return the settings with all values filled in, and the folder of an old run or None."""
     if settings.epochs < 0 or settings.batch_size < 1 or settings.lr <= 0:
@@ -128,14 +145,6 @@ def make_plan(settings, prepared, weights=None):
         backbone_lr=settings.lr if random_start else settings.backbone_lr,
     )
     return plan, folder
-
-
-def plans_of_looks(plan):
-    """Return a plan for each look; a window shows a part of a film, and takes more epochs."""
-    waits = {name: getattr(plan, name) for name in ("epochs", "lr_patience", "patience")}
-    longer = {name: round(1.6 * value) for name, value in waits.items()}
-    return [replace(plan, looks=(look,), **(longer if look == "window" else waits))
-            for look in plan.looks]  # fmt: skip
 
 
 # %% The films of the first fold
@@ -211,9 +220,8 @@ if __name__ == "__main__":
     model, optimizer, scheduler = network_and_optimizer(plans_of_looks(plan)[0], weights)
     made_for, beginning = plan, None  # nothing is trained yet
     trained_count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(
-        f"weights: {weights.name}; {trained_count:,} parameters learn, {plan.epochs} epochs at most"
-    )
+    most = ", ".join(f"{p.epochs} of the look {p.looks[0]}" for p in plans_of_looks(plan))
+    print(f"weights: {weights.name}; {trained_count:,} parameters learn, epochs at most: {most}")
 
 
 # %% The loss: of the film, and of every place where a radiologist's circle says what is there
@@ -304,11 +312,6 @@ if __name__ == "__main__":
 # %% The state of a fold: all that changes while it trains, so that it can be saved and taken up
 # Single weights are noisy at 25 steps an epoch; their average over the last steps is not. The
 # average is what is validated and kept.
-def folder_name(fold, look):
-    """Return the name of the folder of a fold's network of one look."""
-    return f"fold-{fold}" + ("-window" if look == "window" else "")
-
-
 class FoldState:
     """A fold in training with one look; `rank` of `count` processes that train it together."""
 

@@ -118,13 +118,18 @@ def load_folds(folder, record, device="auto"):
             raise UserError(f"{path} does not fit recipe {record['recipe']} ({reason})") from None
         model = model.to(common.choose_device(device), memory_format=torch.channels_last)
         model.eval().requires_grad_(False)  # Grad-CAM needs gradients from one stage on
-        found.setdefault(checkpoint["fold"], []).append({**checkpoint, "model": model})
-    if not found:
+        looks = found.setdefault(checkpoint["fold"], {})
+        looks[checkpoint["reduce"]] = {**checkpoint, "model": model}
+    shared, folds = set.intersection(*map(set, found.values())) if found else set(), []
+    if not shared:
         raise UserError(f"{folder} has no fold-K/best.pt yet; python 04_train.py --resume makes it")
-    folds = []
-    for number, looks in found.items():
-        if len(looks) < len(record["looks"]):
-            common.warn(f"fold {number} is not trained with all looks yet, and judged without them")
+    if len(shared) < len(record["looks"]):
+        common.warn(
+            f"not every fold of {folder.name} is trained with both looks yet, so that one look "
+            "alone is judged; python 04_train.py --resume trains the rest"
+        )
+    for number, by_reduction in found.items():
+        looks = [by_reduction[times] for times in sorted(shared, reverse=True)]
         validation, prior = dict(looks[0]["validation"]), looks[0]["prior"]
         logits = torch.stack([look["validation"]["logits"] for look in looks]).mean(0)
         validation["logits"] = logits
@@ -829,7 +834,7 @@ def read_own_films(paths, folder, record, settings):
     own["note"] = [f"unlike the training films: {what}" if what else "" for what in odd]
     for row in own[own["note"] != ""].itertuples():
         common.warn(f"{row.image} is {row.note}; the models were never tried on such films")
-    cams, places = (np.mean([r[part] for r in readings], axis=0) for part in (1, 2))
+    _, cams, places = network.mean_reading(readings)
     figures = [
         plot_own_film(own.iloc[n], film, g, size, cams[n], places[n])
         for n, (film, (_, g)) in enumerate(zip(films, placed))
@@ -982,8 +987,9 @@ MODEL_CARD = """
 the temperature, the other breast's weight and the threshold; every test film is read once, by the
 model of its fold, which never saw its patient; intervals are 95 % percentiles over resampled
 patients.</li>
-<li>Model: ResNet18, recipe {recipe}, weights: {weights}. A film is judged beside the same patient's
-other breast where that is there; the figures of each film alone stand in a table of their own.</li>
+<li>Model: ResNet18, recipe {recipe}, looks: {looks}, weights: {weights}. A film is judged beside
+the same patient's other breast where that is there; the figures of each film alone stand in a table
+of their own.</li>
 <li>Intended use: teaching and research on method. Not for decisions about people.</li>
 <li>Limits: one small database of digitised film from the 1990s; labels of films, not of biopsies;
 few malignant films, hence wide intervals; no other hospital or scanner was tried.</li></ul>"""
@@ -996,6 +1002,7 @@ if __name__ == "__main__" and judging:
     card = MODEL_CARD.format(
         disclaimer=common.DISCLAIMER, source=judged_record["source_used"],
         scope=html.escape(scope), recipe=judged_record["recipe"],
+        looks=" and ".join(judged_record["looks"]),
         weights=html.escape(judged_record["weights_used"]),
     )  # fmt: skip
     sections = [f"<h1>{html.escape(judged_run.name)}</h1>", card]

@@ -824,7 +824,8 @@ def weights_file(name, fold=0):
             f"{name} is not there; expected a state dict FILE, or a run in {runs_dir()} that has a "
             "fold-K/best.pt; check the name and the folder"
         )
-    return found.get(f"fold-{fold}", next(iter(found.values())))
+    of_fold = (found.get(f"fold-{fold}{look}") for look in ("", "-window"))
+    return next(filter(None, of_fold), next(iter(found.values())))
 
 
 def find_run(name=""):
