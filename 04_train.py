@@ -71,7 +71,7 @@ if __name__ == "__main__":
     settings = common.command_line(Settings, __doc__)
 
 
-# %% Looks: a network sees whole films, another windows of large ones as they are
+# %% Two looks: a network sees whole films, another windows of large ones as they are
 # Which films the two get wrong differs, so that their mean is better than either. Both see as many
 # pixels at a step; a window is a part of a film, and takes more epochs.
 LOOKS = ("whole", "window")

@@ -164,7 +164,7 @@ def test_two_processes_learn_what_one_learns_from_the_whole_batches(team, monkey
 
         monkeypatch.setattr(data, "batches", batches)
         loss, accuracy = step.train_epoch(state, common.Progress(1, ""))
-        _, _, metrics = step.validate(state)
+        _, metrics = step.validate(state)
         state.scheduler.step(metrics["val_loss"])
         row = table.iloc[number]
         assert row["train_loss"] == pytest.approx(loss, rel=1e-4)
