@@ -986,8 +986,9 @@ if __name__ == "__main__":
 
 # %% The size of the canvas
 # 1024 x 576 px has the shape of a cropped breast (about 1 : 2) and all that the films of MIAS have;
-# step 4 trains on windows of it. 512x288 takes a third of the time and leaves the median lesion
-# 41 px wide; at 224 px, the usual size, 43 % are smaller than one place of the network's map.
+# step 4 sees it reduced by two, and windows of it. 512x288 takes a third of the time and leaves the
+# median lesion 41 px wide; at 224 px, the usual size, 43 % are smaller than one place of the
+# network's map.
 def canvas_size(text, source):
     """Read a size such as "512x288" as (height, width) in px."""
     if not isinstance(text, str):

@@ -295,11 +295,11 @@ def contrast(films, strength, generator):
 
 
 # %% Two looks at a large canvas: the whole film reduced, and windows of it as it is
-# Each shows a network 512 rows or a little more at a step, so that both cost the same. The whole
-# film shows how tissue is spread, a window small lesions and calcifications. Windows lie three of
-# four times at a circle, where the film has one, else anywhere on the breast, and are called what
-# their circles say, whatever their film is.
-ROWS = 512  # of a film that a step sees, at least
+# Each shows a network as many rows at a step, 512 of a canvas of 1024, so both cost the same. The
+# whole film shows how tissue is spread, a window small lesions and calcifications. Windows lie
+# three of four times at a circle, where the film has one, else anywhere on the breast, and are
+# called what their circles say, whatever their film is.
+ROWS = 512  # of a film that a step sees, at least where there are as many
 
 
 def reduction(films):

@@ -245,7 +245,7 @@ class Reading(NamedTuple):
     """What a model says of n films, on the CPU, in the order of the dataset."""
 
     logits: torch.Tensor  # (n, 3), of each film alone, not calibrated
-    cams: np.ndarray = None  # (n, h, w), Grad-CAM of the likelier lesion class
+    cams: np.ndarray = None  # (n, h, w), Grad-CAM of the lesion class a network finds likelier
     places: np.ndarray = None  # (n, h', w'), 0 to 1, of that class against normal, per place
 
 
@@ -353,8 +353,11 @@ def decide(probabilities, prior, tempering):
 def fit_temperature(logits, labels, prior):
     """Return the loss of validation labels (n,) and the temperature, 0.05 to 20, of the least."""
     candidates = torch.linspace(-3, 3, 1201).exp()  # steps of half a per cent
-    posterior = F.log_softmax(calibrated(logits.float(), candidates[:, None, None], prior), 2)
-    losses = -posterior[:, torch.arange(len(labels)), labels].mean(1)
+    losses = []
+    for some in candidates.split(50):  # at once they would need much memory for many films
+        posterior = F.log_softmax(calibrated(logits.float(), some[:, None, None], prior), 2)
+        losses.append(-posterior[:, torch.arange(len(labels)), labels].mean(1))
+    losses = torch.cat(losses)
     return losses.min().item(), candidates[losses.argmin()].item()
 
 

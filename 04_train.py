@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import common
-from common import CLASS_NAMES, MALIGNANT, UserError
+from common import CLASS_NAMES, MALIGNANT, NORMAL, UserError
 
 data = importlib.import_module("02_dataset")
 network = importlib.import_module("03_model")
@@ -54,7 +54,7 @@ class Settings(data.Settings, network.Settings, common.RunSettings):
     overwrite: bool = False  # delete a run of this name first
     balance: Literal["sampler", "loss", "none"] = "sampler"  # how rare classes count: never both
     shuffle_labels: bool = False  # leak test: labels permuted between patients; expect chance
-    epochs: int = 0  # at most, of windows 1.6 times as many; 0: 10, 20 from a random start
+    epochs: int = 0  # at most; 0: 10, 20 from a random start; of windows 1.6 times, as patience too
     lr: float = 1e-3  # rate of the new head, AdamW
     backbone_lr: float = 1e-4  # rate of the pretrained stages; a random start takes `lr` for both
     weight_decay: float = 1e-4  # decoupled (AdamW)
@@ -124,16 +124,20 @@ def make_plan(settings, prepared, weights=None):
     """Return the settings with all values filled in, and the folder of an old run or None."""
     if settings.epochs < 0 or settings.batch_size < 1 or settings.lr <= 0:
         raise UserError("batch size must be at least 1, epochs not negative, the rate above 0")
+    looks = settings.looks  # a list or a word may be typed in a cell
+    settings = replace(settings, looks=(looks,) if isinstance(looks, str) else tuple(looks))
     settings, folder = resumed(settings, prepared) if settings.resume else (settings, None)
     random_start = weights is None or weights.state is None
-    large, looks = data.reduction(prepared.films) > 1, tuple(dict.fromkeys(settings.looks))
+    large = data.reduction(prepared.films) > 1 and settings.recipe == "lesion"
+    looks = tuple(dict.fromkeys(settings.looks))
     if looks == ("auto",):
-        both = large and settings.recipe == "lesion" and len(prepared.findings) > 0
-        looks = LOOKS if both else LOOKS[:1]
+        circled = prepared.findings.dropna(subset=["canvas_radius"])["image"].nunique()
+        most = circled > (prepared.labels["label"] != NORMAL).sum() / 2
+        looks = LOOKS if large and most else LOOKS[:1]
     if not looks or not set(looks) <= set(LOOKS) or "window" in looks and not large:
         raise UserError(
             f"--looks {' '.join(looks)}: expected whole or window, or both; windows need a canvas "
-            f"of {2 * data.ROWS} rows or more (step 1, --size 1024x576)"
+            f"of {2 * data.ROWS} rows or more (step 1, --size 1024x576) and the recipe lesion"
         )
     epochs = settings.epochs or (20 if random_start else 10)
     plan = replace(
@@ -150,13 +154,18 @@ def make_plan(settings, prepared, weights=None):
 # %% The films of the first fold
 # No test film is trained or chosen on. Under torchrun several folds are dealt out to the
 # processes; a single one is trained by all of them together.
+def seen_by(look, datasets):
+    """Return Datasets as a look has them."""
+    return [d.reduced(data.reduction(d.films) if look == "whole" else 1) for d in datasets]
+
+
 def fold_films(prepared, fold, plan):
     """Return the training and the validation films of a fold, as the plan's first look has them."""
     parts = data.fold_parts(prepared, fold, plan.validation, plan.train_share)
     labels = data.shuffled_labels(prepared.labels, plan.seed) if plan.shuffle_labels else None
-    reduce = data.reduction(prepared.films) if plan.looks[0] == "whole" else 1
-    return [data.MammogramDataset(prepared, parts[p], labels, reduce)
-            for p in ("train", "validation")]  # fmt: skip
+    parts = [parts["train"], parts["validation"]]
+    films = [data.MammogramDataset(prepared, rows, labels) for rows in parts]
+    return seen_by(plan.looks[0], films)
 
 
 if __name__ == "__main__":
@@ -174,9 +183,9 @@ if __name__ == "__main__":
           f"{len(validation_films)} validate")  # fmt: skip
 
 
-# %% The network and its optimiser: what stands here after the cell is what the first fold trains
-# The new head learns at its own rate, ten times that of the pretrained stages. Later folds are
-# made by the same function.
+# %% The network and its optimiser: what stands here after the cell is what is trained first
+# The new head learns at its own rate, ten times that of the pretrained stages. The networks of the
+# other look and of later folds are made by the same function.
 def weights_for(plan, fold, prepared):
     """Load what a fold begins with; refused if it saw a test film or patient of the fold."""
     weights = network.load_weights(plan.weights, fold)
@@ -679,12 +688,13 @@ if __name__ == "__main__":
         common.collect(None)  # nobody writes before the run is begun
         for fold, look_plan in itertools.product(folds, plans):
             try:
-                films, made = (train_films, validation_films), (model, optimizer, scheduler)
-                start_weights = weights
-                if (fold, look_plan) != (folds[0], plans[0]):
+                films = seen_by(look_plan.looks[0], (train_films, validation_films))
+                made, start_weights = (model, optimizer, scheduler), weights
+                if fold != folds[0]:
                     films = fold_films(train_films.prepared, fold, look_plan)
                     if weights.seen:
                         start_weights = weights_for(plan, fold, train_films.prepared)
+                if (fold, look_plan) != (folds[0], plans[0]):
                     made = network_and_optimizer(look_plan, start_weights)
                 state = FoldState(fold, look_plan, films, made, mate, mates)
                 state.inherited = start_weights.seen
@@ -717,7 +727,8 @@ if __name__ == "__main__":
             except UserError as error:
                 if not dealt:
                     raise
-                problems.append(f"fold {fold}: {error}")  # the other processes go on
+                name = folder_name(fold, look_plan.looks[0]).replace("-", " ")
+                problems.append(f"{name}: {error}")  # the other processes go on
         problems, whole = sum(common.collect(problems), []), all(common.collect(whole))
         history = merge_histories(run_folder) if rank == 0 else pd.DataFrame(columns=HISTORY)
     best_file = run_folder / folder_name((folds or all_folds)[0], plan.looks[0]) / "best.pt"
@@ -731,7 +742,7 @@ if __name__ == "__main__":
         print(f"run {run_folder.name}: {run_folder}\nNext: python {follow} --run {run_folder.name}")
 
 
-# %% Look: the curves of loss, accuracy, macro-F1 and malignant recall, a line a fold
+# %% Look: the curves of loss, accuracy, macro-F1 and malignant recall, a line a fold and look
 # Compare shapes, not heights: the training loss adds the circles' loss and label smoothing, on
 # balanced batches. A validation loss that rises while the training loss falls is overfitting: with
 # some thirty malignant films to learn from, that comes soon.
@@ -740,9 +751,10 @@ if __name__ == "__main__" and len(history):
     panels = [("loss", "train_loss", "val_loss"), ("accuracy", "train_accuracy", "val_accuracy"),
               ("validation score", "val_macro_f1", "val_malignant_recall")]  # fmt: skip
     for axis, (label, first, second) in zip(axes, panels):
-        for _, part in history.groupby(["fold", "look"]):
-            axis.plot(part["epoch"], part[first], color="#0072B2", lw=1.2, label=first)
-            axis.plot(part["epoch"], part[second], color="#D55E00", lw=1.2, label=second)
+        for (_, look), part in history.groupby(["fold", "look"]):
+            style = {"lw": 1.2, "ls": "--" if look == "window" else "-"}
+            axis.plot(part["epoch"], part[first], color="#0072B2", label=first, **style)
+            axis.plot(part["epoch"], part[second], color="#D55E00", label=second, **style)
             best_row = part.loc[part["val_loss"].idxmin()]
             axis.plot(best_row["epoch"], best_row[second], "o", color="#D55E00", ms=5)
         axis.set(xlabel="epoch", ylabel=label)
@@ -752,5 +764,6 @@ if __name__ == "__main__" and len(history):
         axis.legend(handles[:2], [name.replace("_", " ") for name in curves[:2]], fontsize=8)
     synthetic = ", SYNTHETIC PHANTOMS" if record["synthetic"] else ""
     noted = f", {record['note']}" if record["note"] else ""
-    figure.suptitle(f"{run_folder.name}{synthetic}{noted} (dots: lowest validation loss)")
+    dashed = ", dashed: windows" if "window" in set(history["look"]) else ""
+    figure.suptitle(f"{run_folder.name}{synthetic}{noted} (dots: lowest validation loss{dashed})")
     common.show(figure, run_folder / "figures" / "history.png")

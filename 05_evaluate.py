@@ -219,6 +219,8 @@ if __name__ == "__main__" and judging:
     note = f"{judged_record['note']}, " if judged_record["note"] else ""
     if judged_record.get("train_share", 1) < 1:
         note += f"{judged_record['train_share']:.0%} of the training patients, "
+    if len(fold_models[0].models) < len(judged_record["looks"]):
+        note += "one look of two, "
     scope = (
         f"{'SYNTHETIC PHANTOMS, ' if judged_record['synthetic'] else ''}{note}n = "
         f"{len(predictions)} films of {predictions['patient'].nunique()} patients, "
@@ -985,7 +987,7 @@ MODEL_CARD = """
 <ul><li>Data: {source}. {scope}</li>
 <li>Protocol: patients, never films, are split; validation patients choose the epoch, the rates,
 the temperature, the other breast's weight and the threshold; every test film is read once, by the
-model of its fold, which never saw its patient; intervals are 95 % percentiles over resampled
+networks of its fold, which never saw its patient; intervals are 95 % percentiles over resampled
 patients.</li>
 <li>Model: ResNet18, recipe {recipe}, looks: {looks}, weights: {weights}. A film is judged beside
 the same patient's other breast where that is there; the figures of each film alone stand in a table
@@ -1002,7 +1004,7 @@ if __name__ == "__main__" and judging:
     card = MODEL_CARD.format(
         disclaimer=common.DISCLAIMER, source=judged_record["source_used"],
         scope=html.escape(scope), recipe=judged_record["recipe"],
-        looks=" and ".join(judged_record["looks"]),
+        looks=" and ".join(judged_record["looks"][: len(fold_models[0].models)]),
         weights=html.escape(judged_record["weights_used"]),
     )  # fmt: skip
     sections = [f"<h1>{html.escape(judged_run.name)}</h1>", card]

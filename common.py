@@ -812,7 +812,7 @@ def weights_file(name, fold=0):
     """Return the file that is meant by a path, a pattern, a run or its folder; of a run, best.pt.
 
     That of the fold, if the run has it, since it saw no test patient of the same fold; else the
-    first.
+    first. Of two looks the network of whole films, for either.
     """
     path, *others = matching(name)
     if path.is_file() and not others:

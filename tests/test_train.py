@@ -316,6 +316,20 @@ def test_both_looks_cost_the_same_in_training_and_resume_bit_for_bit(tiny, monke
         assert not differences(found, again)
 
 
+def test_films_typed_in_a_cell_are_what_both_looks_train_on(tiny, monkeypatch):
+    monkeypatch.setattr(data, "ROWS", 32)
+    monkeypatch.setattr(common, "command_line", lambda settings, _: settings(**QUICK))
+    names = {"__name__": "__main__", "__file__": str(SCRIPT)}
+    run_cells(names, until="The network")
+    typed = data.MammogramDataset(tiny, names["train_films"].rows[:9])  # reduced by none
+    names["train_films"] = typed
+    run_cells(names, first="The network")
+    both = [load(names["run_folder"], fold=name) for name in ("0", "0-window")]
+    films = set(tiny.table["digest"].iloc[[*typed.rows, *names["validation_films"].rows]])
+    assert all(set(best["seen"]["films"]) == films for best in both)
+    assert [best["reduce"] for best in both] == [2, 1]
+
+
 @pytest.mark.parametrize("missing", [False, True])
 def test_logits_and_maps_of_both_looks_are_averaged(tiny, monkeypatch, capsys, missing):
     monkeypatch.setattr(data, "ROWS", 32)

@@ -683,7 +683,8 @@ def quality(base, settings, home):
     """Return rows: validation loss and macro-F1 of fold 0 in both precisions, seed by seed."""
     device = common.choose_device(settings.device)
     flags = ready_to_train(base, settings, home)
-    flags.update(run="quality", overwrite=True, patience=10**6)  # all train equally long
+    # all train equally long, and one network
+    flags.update(run="quality", looks="whole", overwrite=True, patience=10**6)
     found = []
     for seed in range(settings.seeds):
         for precision in ("fp32", "bf16"):
