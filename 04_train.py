@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import common
-from common import CLASS_NAMES, MALIGNANT, NORMAL, UserError
+from common import CLASS_NAMES, LOOKS, MALIGNANT, NORMAL, UserError
 
 data = importlib.import_module("02_dataset")
 network = importlib.import_module("03_model")
@@ -74,20 +74,12 @@ if __name__ == "__main__":
 # %% Two looks: a network sees whole films, another windows of large ones as they are
 # Which films the two get wrong differs, so that their mean is better than either. Both see as many
 # pixels at a step; a window is a part of a film, and takes more epochs.
-LOOKS = ("whole", "window")
-
-
 def plans_of_looks(plan):
     """Return the plan of each look."""
     waits = {name: getattr(plan, name) for name in ("epochs", "lr_patience", "patience")}
     longer = {name: round(1.6 * value) for name, value in waits.items()}
     return [replace(plan, looks=(look,), **(longer if look == "window" else waits))
             for look in plan.looks]  # fmt: skip
-
-
-def folder_name(fold, look):
-    """Return the name of the folder of a fold's network of one look."""
-    return f"fold-{fold}" + ("-window" if look == "window" else "")
 
 
 # %% The plan: settings with all values filled in or, on resuming, those that the run began with
@@ -327,7 +319,7 @@ class FoldState:
     def __init__(self, fold, plan, films, parts, rank=0, count=1):
         self.fold, self.plan, self.rank, self.count = fold, plan, rank, count
         (self.look,) = plan.looks
-        self.name = folder_name(fold, self.look)
+        self.name = common.fold_name(fold, self.look)
         self.train_films, self.validation_films = films
         self.model, self.optimizer, self.scheduler = parts
         self.scheduler.optimizer = self.optimizer  # one put in the place of ours, too
@@ -648,7 +640,7 @@ def epoch_line(row, epochs, better):
     """Return a row of history.csv in words."""
     left = common.clock((epochs - row["epoch"]) * row["seconds"])
     return (
-        f"{folder_name(row['fold'], row['look']).replace('-', ' ')} epoch "
+        f"{common.fold_name(row['fold'], row['look']).replace('-', ' ')} epoch "
         f"{row['epoch']:2d}/{epochs}  loss {row['train_loss']:.3f}  "
         f"val loss {row['val_loss']:.3f}  accuracy {row['val_accuracy']:.2f}  "
         f"macro-F1 {row['val_macro_f1']:.2f}  malignant recall {row['val_malignant_recall']:.2f}  "
@@ -687,6 +679,7 @@ if __name__ == "__main__":
         beginning = copy.deepcopy((model, optimizer, scheduler)), optimizer
         common.collect(None)  # nobody writes before the run is begun
         for fold, look_plan in itertools.product(folds, plans):
+            words = common.fold_name(fold, look_plan.looks[0]).replace("-", " ")
             try:
                 films = seen_by(look_plan.looks[0], (train_films, validation_films))
                 made, start_weights = (model, optimizer, scheduler), weights
@@ -708,7 +701,7 @@ if __name__ == "__main__":
                     while not state.finished():
                         start, lr = time.perf_counter(), state.optimizer.param_groups[0]["lr"]
                         seen, epoch = len(state.train_films), state.progress["epoch"] + 1
-                        bar = common.Progress(seen, f"{state.name.replace('-', ' ')} epoch {epoch}")
+                        bar = common.Progress(seen, f"{words} epoch {epoch}")
                         train_loss, train_accuracy = train_epoch(state, bar)
                         speed = seen / (time.perf_counter() - start)
                         logits, validation = validate(state)
@@ -727,11 +720,10 @@ if __name__ == "__main__":
             except UserError as error:
                 if not dealt:
                     raise
-                name = folder_name(fold, look_plan.looks[0]).replace("-", " ")
-                problems.append(f"{name}: {error}")  # the other processes go on
+                problems.append(f"{words}: {error}")  # the other processes go on
         problems, whole = sum(common.collect(problems), []), all(common.collect(whole))
         history = merge_histories(run_folder) if rank == 0 else pd.DataFrame(columns=HISTORY)
-    best_file = run_folder / folder_name((folds or all_folds)[0], plan.looks[0]) / "best.pt"
+    best_file = run_folder / common.fold_name((folds or all_folds)[0], plan.looks[0]) / "best.pt"
     if best_file.is_file():
         model.load_state_dict(common.read_checkpoint(best_file)["model"])
     model.eval()

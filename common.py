@@ -43,6 +43,7 @@ from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 CLASS_NAMES = ("benign", "normal", "malignant")
 BENIGN, NORMAL, MALIGNANT = range(3)
 SEVERITY = (NORMAL, BENIGN, MALIGNANT)  # from harmless to worst
+LOOKS = ("whole", "window")  # what a network sees of a large film
 COLOURS = {"benign": "#0072B2", "normal": "#999999", "malignant": "#D55E00"}  # Okabe and Ito, 2008
 DISCLAIMER = "For research and teaching only. Not a medical device, not for diagnosis."
 PROJECT = Path(__file__).resolve().parent
@@ -56,6 +57,11 @@ def data_dir(source=""):
 def runs_dir(run=""):
     """Return the folder of training runs, moved by the environment variable BCD_RUNS_DIR."""
     return Path(os.environ.get("BCD_RUNS_DIR") or PROJECT / "runs").expanduser() / run
+
+
+def fold_name(fold, look):
+    """Return the name, below a run, of the folder of a fold's network that has one of LOOKS."""
+    return f"fold-{fold}" + ("-window" if look == "window" else "")
 
 
 # ---------------------------------------------------------------------- errors
@@ -824,7 +830,7 @@ def weights_file(name, fold=0):
             f"{name} is not there; expected a state dict FILE, or a run in {runs_dir()} that has a "
             "fold-K/best.pt; check the name and the folder"
         )
-    of_fold = (found.get(f"fold-{fold}{look}") for look in ("", "-window"))
+    of_fold = (found.get(fold_name(fold, look)) for look in LOOKS)
     return next(filter(None, of_fold), next(iter(found.values())))
 
 
