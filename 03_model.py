@@ -365,7 +365,7 @@ OTHER_BREAST = (1.0, 0.0, 0.5, 1.5, 2.0, 3.0)  # weights to choose from; the fir
 
 
 def fit_calibration(logits, films, labels, prior):
-    """Return the other breast's "weight" and temperatures, "beside" it and "alone".
+    """Return the other breast's weight, and the temperature of films judged beside it.
 
     They make the labels (n,) of validation films most likely.
     """
@@ -374,8 +374,7 @@ def fit_calibration(logits, films, labels, prior):
         for w in OTHER_BREAST
     }
     weight = min(found, key=found.get)
-    alone = fit_temperature(logits, labels, prior)[1]
-    return {"beside": found[weight][1], "alone": alone, "weight": weight}
+    return weight, found[weight][1]
 
 
 # %% Look: the stages with their parameters and output shapes

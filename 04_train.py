@@ -457,9 +457,9 @@ def validate(state):
     for number, part in enumerate(common.collect(read) if state.count > 1 else [read]):
         logits[number :: state.count] = part
     labels, table = films.labels, films.table()
-    calibration = network.fit_calibration(logits, table, labels, state.prior)
-    judged = network.beside_other_breast(logits, table, calibration["weight"])
-    judged = network.calibrated(judged, calibration["beside"], state.prior)
+    weight, temperature = network.fit_calibration(logits, table, labels, state.prior)
+    judged = network.beside_other_breast(logits, table, weight)
+    judged = network.calibrated(judged, temperature, state.prior)
     predicted = judged.argmax(1)
     recall = recall_score(labels == MALIGNANT, predicted == MALIGNANT, zero_division=0)
     metrics = {

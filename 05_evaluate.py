@@ -133,7 +133,10 @@ def load_folds(folder, record, device="auto"):
         validation, prior = dict(looks[0]["validation"]), looks[0]["prior"]
         logits = torch.stack([look["validation"]["logits"] for look in looks]).mean(0)
         validation["logits"] = logits
-        fitted = network.fit_calibration(logits, validation, validation["labels"], prior)
+        labels = validation["labels"]
+        weight, beside = network.fit_calibration(logits, validation, labels, prior)
+        alone = network.fit_temperature(logits, labels, prior)[1]
+        fitted = {"beside": beside, "alone": alone, "weight": weight}
         models, reduce, epochs = ([look[n] for look in looks] for n in ("model", "reduce", "epoch"))
         folds.append(FoldModel(number, models, reduce, prior, fitted, validation, epochs))
     return folds

@@ -247,6 +247,14 @@ def test_sampling_grid_is_pytorchs_own():
     assert torch.allclose(data.sampling_grid(theta, 20, 12), library, 0, 1e-6)
 
 
+@pytest.mark.parametrize("sides, times", [((40, 24), 2), ((41, 26), 3), ((128, 72), 16)])
+def test_reduced_films_are_pytorchs_own_means(sides, times):
+    films = torch.randint(0, 256, (3, 1, *sides), generator=generator(), dtype=torch.uint8)
+    films[0] = 255
+    library = torch.nn.functional.avg_pool2d(films.float(), times).round().byte()
+    assert torch.equal(data.block_means(films, times), library)
+
+
 def test_new_kind_of_augmentation_is_one_function_and_one_line(monkeypatch):
     def noise(films, strength, generator):
         """Add noise of a standard deviation of `strength`."""
@@ -455,20 +463,24 @@ def test_a_film_more_suspicious_than_the_other_breast_gains_and_equal_films_keep
         assert double.tolist() == [2 * w - x for w, x in zip(wanted, logits[:, MALIGNANT].tolist())]
 
 
-def fitted_weight(shared, sides=("left", "right")):
-    """Fit the calibration on pairs of breasts that have so much of what they show in common."""
+def fitted(shared, sides=("left", "right")):
+    """Return the weight and both temperatures of breasts that have so much in common."""
     torch.manual_seed(0)
     lesion, tissue = torch.randn(600, 2), shared * torch.randn(600, 1) + torch.randn(600, 2)
     labels = torch.where(lesion > 0.5, MALIGNANT, NORMAL).flatten()
     logits = (lesion + tissue).view(-1, 1) * torch.tensor([0.0, 0.0, 1.0])
     films = {"patient": np.repeat(np.arange(600), 2), "laterality": list(sides) * 600}
-    return network.fit_calibration(logits, films, labels, torch.ones(3) / 3)
+    prior = torch.ones(3) / 3
+    alone = network.fit_temperature(logits, labels, prior)[1]
+    return (*network.fit_calibration(logits, films, labels, prior), alone)
 
 
 def test_the_other_breasts_weight_follows_what_breasts_have_in_common():
-    much, none, unknown = fitted_weight(9), fitted_weight(0), fitted_weight(9, ("left", ""))
-    assert much["weight"] > 1 and none["weight"] == 0 and unknown["weight"] == 1
-    assert none["beside"] == none["alone"] and much["beside"] != much["alone"]
+    weight, beside, alone = fitted(9)
+    assert weight > 1 and beside != alone
+    weight, beside, alone = fitted(0)
+    assert weight == 0 and beside == alone
+    assert fitted(9, ("left", ""))[0] == 1, "no breast has another"
 
 
 def test_probabilities_follow_bayes_rule():

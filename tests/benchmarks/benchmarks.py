@@ -17,6 +17,7 @@ slows down meanwhile slows both sides, and medians are shown.
 # %% Imports: this script finds the project's folder first, whatever the working directory is
 import contextlib
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -221,11 +222,12 @@ def repeated(prepared, count, size, home):
         return common.load_prepared(source)
 
 
-def new_state(prepared, settings, freeze, precision=None):
+def new_state(prepared, settings, freeze, precision=None, look="auto"):
     """Return step 4's FoldState. Values of weights cost no time, so a random start will do."""
     chosen = steps.Settings(
         batch_size=settings.batch_size,
         freeze=freeze,
+        looks=(look,),
         device=settings.device,
         precision=precision or settings.precision,
     )
@@ -359,8 +361,11 @@ def epoch_against_bare(prepared, settings):
     """Return rows: seconds of an epoch of step 4 divided by those of as many bare steps."""
     rows, device = [], common.choose_device(settings.device)
     most = 1.15 if device.type == "cuda" else 1.05
-    for freeze, name in ((3, "3 stages frozen"), (0, "all stages trained")):
-        state = new_state(prepared, settings, freeze)
+    kinds = ((3, "3 stages frozen"), (0, "all stages trained"))
+    looks = steps.make_plan(steps.Settings(), prepared)[0].looks
+    for (freeze, stages), look in itertools.product(kinds, looks):
+        name = f"{stages}, {look}" if len(looks) > 1 else stages
+        state = new_state(prepared, settings, freeze, look=look)
 
         def validate(progress, state=state):
             with mock.patch.object(network, "predict", partial(network.predict, progress=progress)):
