@@ -685,11 +685,10 @@ def ready_to_train(base, settings, home):
 
 
 def quality(base, settings, home):
-    """Return rows: validation loss and macro-F1 of fold 0 in both precisions, seed by seed."""
+    """Return rows: each look's validation loss and macro-F1 of fold 0, by precision and seed."""
     device = common.choose_device(settings.device)
     flags = ready_to_train(base, settings, home)
-    # all train equally long, and one network
-    flags.update(run="quality", looks="whole", overwrite=True, patience=10**6)
+    flags.update(run="quality", overwrite=True, patience=10**6)  # all train equally long
     found = []
     for seed in range(settings.seeds):
         for precision in ("fp32", "bf16"):
@@ -698,17 +697,19 @@ def quality(base, settings, home):
                 done = run_script("04_train.py", home, precision=precision, seed=seed, **flags)
             if not done["whole"]:
                 raise KeyboardInterrupt
-            best = done["history"].loc[done["history"]["val_loss"].idxmin()]
-            found.append({**best, "precision": precision, "seed": seed})
-    rows, found = [], pd.DataFrame(found).set_index(["precision", "seed"])
-    for name in ("val_loss", "val_macro_f1"):
-        for (precision, seed), value in found[name].items():
+            best = done["history"].groupby("look")["val_loss"].idxmin()
+            found.append(done["history"].loc[best].assign(precision=precision, seed=seed))
+    rows, found = [], pd.concat(found).set_index(["look", "precision", "seed"]).sort_index()
+    for look, name in itertools.product(found.index.unique("look"), ("val_loss", "val_macro_f1")):
+        values = found.loc[look, name]
+        for (precision, seed), value in values.items():
             dtype = str(common.choose_precision(precision, device))[6:]
-            rows.append(row("quality", f"{name}, seed {seed}", value, "", precision=dtype))
-        full, half = found.loc["fp32", name], found.loc["bf16", name]
+            label = f"{look}: {name}, seed {seed}"
+            rows.append(row("quality", label, value, "", precision=dtype))
+        full, half = values["fp32"], values["bf16"]
         apart, spread = abs(half.mean() - full.mean()), full.max() - full.min()
         ratio = apart / spread if spread > 0 else None
-        label = f"{name}: means apart / spread of the fp32 seeds"
+        label = f"{look}: {name}: means apart / spread of the fp32 seeds"
         rows.append(row("quality", label, apart, "", ratio, most=1))
     return rows
 
