@@ -754,9 +754,9 @@ def load_prepared(source):
             raise ValueError("films and tables differ in length")
         pixels, crop, seed = state["pixels"], state["crop"], state["split_seed"]
         table["bits"]  # an earlier version noted none
+        check_tables(labels, splits)
     except (OSError, ValueError, EOFError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"{folder} is not whole ({error}); run 01_prepare_data.py again") from None
-    check_tables(labels, splits)
     content = fingerprint(pixels, labels.to_csv(), findings.round(3).to_csv())
     tables = table, labels, findings, splits
     return Prepared(source, folder, films, *tables, content, crop, seed, note)

@@ -974,6 +974,8 @@ def test_labels_edited_by_hand_are_used_and_kept_or_refused_where_they_contradic
     labels.loc[n, "label"] = common.MALIGNANT
     labels.to_csv(path, index=False)
     assert f"contradict: {labels['image'][n]}." in refused(common.load_prepared, "phantom")
+    labels.drop(columns="laterality").to_csv(path, index=False)
+    assert "not whole ('laterality')" in refused(common.load_prepared, "phantom")
     labels.loc[n, "label_name"] = "malignant"
     labels.to_csv(path, index=False)
     prepared = common.load_prepared("phantom")
