@@ -125,11 +125,8 @@ class MammogramNet(nn.Module):
     def train(self, mode=True):
         """Switch to training, but for the frozen stages and statistics that are to be kept."""
         super().train(mode)
-        for stage in self.stages()[: self.frozen]:
-            stage.eval()
-        for module in self.backbone.modules() if self.keep_statistics else ():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
+        for part in [self.backbone] if self.keep_statistics else self.stages()[: self.frozen]:
+            part.eval()
         return self
 
 
@@ -157,8 +154,7 @@ def read_weights(name, fold=0):
     for wrapper in ("state_dict", "model"):
         values = values[wrapper] if isinstance(values.get(wrapper), dict) else values
     state = {re.sub(r"^((module|model|backbone)\.)+", "", k): v for k, v in values.items()}
-    tensors = {key: value for key, value in state.items() if torch.is_tensor(value)}
-    broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
+    broken = [k for k, v in state.items() if torch.is_tensor(v) and not torch.isfinite(v).all()]
     if broken:
         raise UserError(f"{path} holds NaN or infinite values ({common.listing(broken, 3)}); "
                         "it cannot be trained on")  # fmt: skip
@@ -258,27 +254,20 @@ def predict(model, dataset, batch_size=8, dtype=torch.float32, progress=None, ma
         kept["stage"] = output.detach().requires_grad_()
         return kept["stage"]
 
-    hook = stage.register_forward_hook(keep) if maps else None
     model.eval()
-    try:
-        # of larger films fewer at once, for they take as much memory as those of 512 x 288
-        pixels = math.prod(dataset.films.shape[1:]) / dataset.reduce**2
-        fewer = math.ceil(batch_size * min(1, 512 * 288 / pixels))
+    # of larger films fewer at once, for they take as much memory as those of 512 x 288
+    pixels = math.prod(dataset.films.shape[1:]) / dataset.reduce**2
+    fewer = math.ceil(batch_size * min(1, 512 * 288 / pixels))
+    with stage.register_forward_hook(keep), torch.set_grad_enabled(maps):
         for films, _, _ in data.batches(dataset, fewer):
             films = films.to(device).float() / 255
-            with torch.set_grad_enabled(maps):
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    each, places = model(torch.cat([films, films.flip(2)]))
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                each, places = model(torch.cat([films, films.flip(2)]))
             logits = torch.stack(each.float().chunk(2)).mean(0)
-            row = [logits.detach().cpu()]
-            if maps:
-                row += heat_maps(logits, places.detach().float(), kept["stage"])
-            parts.append(row)
+            heat = heat_maps(logits, places.detach().float(), kept["stage"]) if maps else []
+            parts.append([logits.detach().cpu(), *heat])
             if progress:
                 progress.step(len(films))
-    finally:
-        if hook:
-            hook.remove()
     logits, *heat = zip(*parts)
     return Reading(torch.cat(logits), *(torch.cat(part).numpy() for part in heat))
 
@@ -369,10 +358,8 @@ def fit_calibration(logits, films, labels, prior):
 
     They make the labels (n,) of validation films most likely.
     """
-    found = {
-        w: fit_temperature(beside_other_breast(logits, films, w), labels, prior)
-        for w in OTHER_BREAST
-    }
+    judged = {w: beside_other_breast(logits, films, w) for w in OTHER_BREAST}
+    found = {w: fit_temperature(judged[w], labels, prior) for w in OTHER_BREAST}
     weight = min(found, key=found.get)
     return weight, found[weight][1]
 
@@ -394,10 +381,9 @@ if __name__ == "__main__":
     heads = [p for n, p in model.named_parameters() if not n.startswith("backbone.")]
     rows.append(("heads", (len(CLASS_NAMES),), heads))
     layers = pd.DataFrame(rows, columns=["stage", "output", "parameters"])
-    layers["trained"] = [
-        sum(p.numel() for p in ps if p.requires_grad) for ps in layers["parameters"]
-    ]
-    layers["parameters"] = [sum(p.numel() for p in ps) for ps in layers["parameters"]]
+    tensors = layers.pop("parameters")
+    layers["parameters"] = [sum(p.numel() for p in part) for part in tensors]
+    layers["trained"] = [sum(p.numel() for p in part if p.requires_grad) for part in tensors]
     common.table(layers, f"{layers['parameters'].sum():,} parameters")
 
 

@@ -31,7 +31,9 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import RandomSampler
 
 import common
 from common import CLASS_NAMES, LOOKS, MALIGNANT, NORMAL, UserError
@@ -76,9 +78,8 @@ if __name__ == "__main__":
 # pixels at a step; a window is a part of a film, and takes more epochs.
 def plans_of_looks(plan):
     """Return the plan of each look."""
-    waits = {name: getattr(plan, name) for name in ("epochs", "lr_patience", "patience")}
-    longer = {name: round(1.6 * value) for name, value in waits.items()}
-    return [replace(plan, looks=(look,), **(longer if look == "window" else waits))
+    longer = {n: round(1.6 * getattr(plan, n)) for n in ("epochs", "lr_patience", "patience")}
+    return [replace(plan, looks=(look,), **(longer if look == "window" else {}))
             for look in plan.looks]  # fmt: skip
 
 
@@ -92,11 +93,8 @@ def resumed(settings, prepared):
     """Return the settings of the run that is gone on with, and its folder."""
     folder = common.find_run(settings.run)
     record = common.read_record(folder)
-    changed = [
-        f"{name} {record['data'].get(name)} -> {value}"
-        for name, value in prepared.identity().items()
-        if record["data"].get(name) != value
-    ]
+    noted, now = record["data"], prepared.identity()
+    changed = [f"{n} {noted.get(n)} -> {now[n]}" for n in now if noted.get(n) != now[n]]
     for field in fields(settings):
         mine, old = getattr(settings, field.name), record.get(field.name, field.default)
         old = tuple(old) if isinstance(old, list) else old  # JSON knows no tuples
@@ -155,8 +153,7 @@ def fold_films(prepared, fold, plan):
     """Return the training and the validation films of a fold, as the plan's first look has them."""
     parts = data.fold_parts(prepared, fold, plan.validation, plan.train_share)
     labels = data.shuffled_labels(prepared.labels, plan.seed) if plan.shuffle_labels else None
-    parts = [parts["train"], parts["validation"]]
-    films = [data.MammogramDataset(prepared, rows, labels) for rows in parts]
+    films = [data.MammogramDataset(prepared, parts[n], labels) for n in ("train", "validation")]
     return seen_by(plan.looks[0], films)
 
 
@@ -178,21 +175,24 @@ if __name__ == "__main__":
 # %% The network and its optimiser: what stands here after the cell is what is trained first
 # The new head learns at its own rate, ten times that of the pretrained stages. The networks of the
 # other look and of later folds are made by the same function.
+def marks(prepared):
+    """Return by what each film is known again, and its patient, a DataFrame of text."""
+    patients = prepared.source + "/" + prepared.labels["patient"]
+    return pd.DataFrame({"films": prepared.table["digest"], "patients": patients})
+
+
 def weights_for(plan, fold, prepared):
     """Load what a fold begins with; refused if it saw a test film or patient of the fold."""
     weights = network.load_weights(plan.weights, fold)
-    if weights.seen:
-        test = prepared.splits["fold"] == fold
-        patients = prepared.source + "/" + prepared.labels["patient"]
-        known = patients.isin(weights.seen["patients"])
-        known = test & (known | prepared.table["digest"].isin(weights.seen["films"]))
-        if known.any():
-            raise UserError(
-                f"--weights {plan.weights}: {weights.name} was trained or chosen on "
-                f"{known.sum()} of the {test.sum()} test films of fold {fold}, or on their "
-                f"patients ({common.listing(prepared.labels['image'][known], 3)}); it would "
-                "know the answers. Take a run on other patients, or one with the same folds"
-            )
+    test = prepared.splits["fold"] == fold
+    known = test & marks(prepared).isin(weights.seen).any(axis=1)
+    if known.any():
+        raise UserError(
+            f"--weights {plan.weights}: {weights.name} was trained or chosen on "
+            f"{known.sum()} of the {test.sum()} test films of fold {fold}, or on their "
+            f"patients ({common.listing(prepared.labels['image'][known], 3)}); it would "
+            "know the answers. Take a run on other patients, or one with the same folds"
+        )
     return weights
 
 
@@ -207,9 +207,7 @@ def network_and_optimizer(plan, weights):
     groups = [{"params": head, "lr": plan.lr}, {"params": backbone, "lr": plan.backbone_lr}]
     fused = device.type in ("cpu", "cuda")  # one pass over the weights in place of many
     optimizer = torch.optim.AdamW(groups, weight_decay=plan.weight_decay, fused=fused)
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimizer, factor=0.5, patience=plan.lr_patience - 1
-    )
+    scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=plan.lr_patience - 1)
     return model, optimizer, scheduler
 
 
@@ -316,6 +314,8 @@ if __name__ == "__main__":
 class FoldState:
     """A fold in training with one look; `rank` of `count` processes that train it together."""
 
+    PARTS = ("model", "average", "optimizer", "scheduler")  # what has a state dict
+
     def __init__(self, fold, plan, films, parts, rank=0, count=1):
         self.fold, self.plan, self.rank, self.count = fold, plan, rank, count
         (self.look,) = plan.looks
@@ -326,7 +326,7 @@ class FoldState:
         self.scheduler.min_lrs = [0.0] * len(self.optimizer.param_groups)
         if count > len(self.validation_films):
             raise UserError("more processes than validation films; start fewer")
-        self.stopped, self.saved = False, 0  # by the user; the epoch of last.pt
+        self.saved = 0  # the epoch of last.pt
         self.inherited = {}  # films and patients that the weights saw before
         stepped = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         if not stepped <= set(map(id, self.model.parameters())):
@@ -337,9 +337,7 @@ class FoldState:
         if plan.balance == "sampler":
             self.sampler = data.balanced_sampler(self.train_films.labels, self.generator)
         else:
-            self.sampler = torch.utils.data.RandomSampler(
-                self.train_films, generator=self.generator
-            )
+            self.sampler = RandomSampler(self.train_films, generator=self.generator)
         counts = torch.bincount(self.train_films.labels, minlength=3).clamp(min=0.5)
         self.prior = counts / counts.sum() if plan.balance != "none" else torch.ones(3)
         blend = get_ema_multi_avg_fn(plan.ema)
@@ -347,21 +345,16 @@ class FoldState:
         self.network = DistributedDataParallel(self.model) if count > 1 else self.model
         self.progress = {"epoch": 0, "best_loss": float("inf"), "best_epoch": 0, "history": []}
 
-    def parts(self):
-        """Return what has a state dict, by name."""
-        names = ("model", "average", "optimizer", "scheduler")
-        return {name: getattr(self, name) for name in names}
-
     def state_dict(self):
         """Return all that a resumed run needs, as tensors and plain values."""
-        states = {name: part.state_dict() for name, part in self.parts().items()}
+        states = {name: getattr(self, name).state_dict() for name in self.PARTS}
         generators = {"generator": self.generator.get_state(), "torch": torch.get_rng_state()}
         return {**states, **generators, **self.progress}
 
     def load_state_dict(self, state):
         """Take up a state that `state_dict` gave."""
-        for name, part in self.parts().items():
-            part.load_state_dict(state[name])
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch"])
         self.progress = {name: state[name] for name in self.progress}
@@ -370,15 +363,12 @@ class FoldState:
     def seen(self):
         """Return the digests and patients that the weights were trained or chosen on."""
         rows = np.concatenate([self.train_films.rows, self.validation_films.rows])
-        prepared = self.train_films.prepared
-        patients = prepared.source + "/" + prepared.labels["patient"].iloc[rows]
-        own = {"films": prepared.table["digest"].iloc[rows], "patients": patients}
-        return {n: sorted({*part, *self.inherited.get(n, ())}) for n, part in own.items()}
+        own = marks(self.train_films.prepared).iloc[rows]
+        return {n: sorted({*own[n], *self.inherited.get(n, ())}) for n in own}
 
     def take_note(self, row):
         """Add an epoch's row of history.csv; return whether it is the best so far."""
-        kinds = {"fold": int, "epoch": int, "look": str}
-        row = {name: kinds.get(name, float)(value) for name, value in row.items()}
+        row = {n: v if n in ("fold", "epoch", "look") else float(v) for n, v in row.items()}
         self.progress["history"].append(row)
         self.progress["epoch"], better = row["epoch"], row["val_loss"] < self.progress["best_loss"]
         if better:
@@ -496,8 +486,7 @@ def save_state(state, folder, record, logits=None):
     target = folder / state.name
     if logits is not None:
         films = state.validation_films
-        table = films.table()
-        validation = {name: list(table[name]) for name in ("image", "patient", "laterality")}
+        validation = films.table()[["image", "patient", "laterality"]].to_dict("list")
         values = {
             "model": state.average.module.state_dict(),
             "validation": {**validation, "logits": logits, "labels": films.labels},
@@ -561,8 +550,7 @@ def new_run(plan, prepared):
     stem = f"{prepared.source}-{plan.recipe}"
     taken = [int(p.name[-3:]) for p in common.runs_dir().glob(f"{stem}-[0-9][0-9][0-9]")]
     folder = common.runs_dir(plan.run or f"{stem}-{max(taken, default=0) + 1:03d}")
-    used = folder.exists() and any(path.name != ".lock" for path in folder.glob("*"))
-    if used and not plan.overwrite:
+    if not plan.overwrite and any(path.name != ".lock" for path in folder.glob("*")):
         raise UserError(
             f"the run {folder.name} exists; choose another --run, --resume or --overwrite"
         )
@@ -602,9 +590,8 @@ def begin_run(plan, folder, record):
     left = [] if plan.resume else [path for path in folder.iterdir() if path.name != ".lock"]
     if left and not plan.overwrite:
         raise UserError(f"the run {folder.name} exists; another process has just begun it")
-    common.discard(*left)
-    for part in folder.rglob(".*.part"):
-        part.unlink()  # of a killed run; the folder is locked, so nobody writes it now
+    # parts are a killed run's; the folder is locked, so nobody writes them now
+    common.discard(*left, *folder.rglob(".*.part"))
     began = common.read_record(folder) if plan.resume else record
     if began["weights_used"] != record["weights_used"]:
         raise UserError(
@@ -619,19 +606,6 @@ def begin_run(plan, folder, record):
         f"recipe {plan.recipe}, looks {' and '.join(plan.looks)}, weights: "
         f"{record['weights_used']}, on {record['device_used']} in {record['precision_used']}"
     )
-
-
-# %% The stop button: ends the training, keeps what is saved
-# The stop button ends the training and is no error: what was finished is saved.
-@contextlib.contextmanager
-def stoppable(state):
-    """Take a stop of the training for what it is."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        state.stopped = True
-        print(f"\nstopped; the state of epoch {state.saved} is saved" if state.saved
-              else "\nstopped in the first epoch; no state is saved yet")  # fmt: skip
 
 
 # %% An epoch in one line
@@ -697,7 +671,8 @@ if __name__ == "__main__":
                         common.collect(None)  # all have read it before one writes
                     if mate == 0:
                         write_history(state, run_folder)  # a kill may have come before it
-                with stoppable(state), enough_memory(plan):
+                whole = False
+                with contextlib.suppress(KeyboardInterrupt), enough_memory(plan):  # the stop button
                     while not state.finished():
                         start, lr = time.perf_counter(), state.optimizer.param_groups[0]["lr"]
                         seen, epoch = len(state.train_films), state.progress["epoch"] + 1
@@ -714,8 +689,10 @@ if __name__ == "__main__":
                         if mate == 0:
                             save_state(state, run_folder, record, logits if better else None)
                             bar.close(epoch_line(row, look_plan.epochs, better))
-                if state.stopped:
-                    whole = False
+                    whole = True
+                if not whole:
+                    print(f"\nstopped; the state of epoch {state.saved} is saved" if state.saved
+                          else "\nstopped in the first epoch; no state is saved yet")  # fmt: skip
                     break
             except UserError as error:
                 if not dealt:

@@ -58,9 +58,7 @@ class Settings(common.RunSettings):
     compare: Tuple[str, ...] = ()  # two runs: their difference; more: their mean
     image: Tuple[str, ...] = ()  # films of your own to read, in place of judging the run
     laterality: str = ""  # left or right, of your (first) film; empty: guessed, its brighter side
-    pair: bool = (
-        False  # your two films are both breasts of one person: each is judged beside the other
-    )
+    pair: bool = False  # your two films are both breasts of one person, judged beside each other
 
 
 PROBABILITIES = [f"p_{name}" for name in CLASS_NAMES]
@@ -88,10 +86,9 @@ class FoldModel(NamedTuple):
 
     def read(self, dataset, *arguments, **options):
         """Return the Reading of a dataset, of all looks together; see `network.predict`."""
-        films = [dataset.reduced(times) for times in self.reduce]
         readings = [
-            network.predict(model, part, *arguments, maps=True, **options)
-            for model, part in zip(self.models, films)
+            network.predict(model, dataset.reduced(times), *arguments, maps=True, **options)
+            for model, times in zip(self.models, self.reduce)
         ]
         return network.mean_reading(readings)
 
@@ -117,9 +114,8 @@ def load_folds(folder, record, device="auto"):
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} does not fit recipe {record['recipe']} ({reason})") from None
         model = model.to(common.choose_device(device), memory_format=torch.channels_last)
-        model.eval().requires_grad_(False)  # Grad-CAM needs gradients from one stage on
-        looks = found.setdefault(checkpoint["fold"], {})
-        looks[checkpoint["reduce"]] = {**checkpoint, "model": model}
+        checkpoint["model"] = model.eval().requires_grad_(False)  # Grad-CAM asks for its own
+        found.setdefault(checkpoint["fold"], {})[checkpoint["reduce"]] = checkpoint
     shared, folds = set.intersection(*map(set, found.values())) if found else set(), []
     if not shared:
         raise UserError(f"{folder} has no fold-K/best.pt yet; python 04_train.py --resume makes it")
@@ -130,12 +126,10 @@ def load_folds(folder, record, device="auto"):
         )
     for number, by_reduction in found.items():
         looks = [by_reduction[times] for times in sorted(shared, reverse=True)]
-        validation, prior = dict(looks[0]["validation"]), looks[0]["prior"]
         logits = torch.stack([look["validation"]["logits"] for look in looks]).mean(0)
-        validation["logits"] = logits
-        labels = validation["labels"]
-        weight, beside = network.fit_calibration(logits, validation, labels, prior)
-        alone = network.fit_temperature(logits, labels, prior)[1]
+        validation, prior = {**looks[0]["validation"], "logits": logits}, looks[0]["prior"]
+        weight, beside = network.fit_calibration(logits, validation, validation["labels"], prior)
+        alone = network.fit_temperature(logits, validation["labels"], prior)[1]
         fitted = {"beside": beside, "alone": alone, "weight": weight}
         models, reduce, epochs = ([look[n] for look in looks] for n in ("model", "reduce", "epoch"))
         folds.append(FoldModel(number, models, reduce, prior, fitted, validation, epochs))
@@ -194,14 +188,13 @@ def predict_run(folds, prepared, record, settings):
     shuffled = record["shuffle_labels"]
     labels = data.shuffled_labels(prepared.labels, record["seed"]) if shuffled else None
     dtype = common.choose_precision(settings.precision, common.choose_device(settings.device))
-    rows = {f.number: np.flatnonzero(prepared.splits["fold"] == f.number) for f in folds}
-    total = sum(len(fold.models) * len(rows[fold.number]) for fold in folds)
-    progress = common.Progress(total, "predicting")
+    parts = [np.flatnonzero(prepared.splits["fold"] == fold.number) for fold in folds]
+    progress = common.Progress(len(folds[0].models) * sum(map(len, parts)), "predicting")
     tables, readings = [], []
-    for fold in folds:
-        test = data.MammogramDataset(prepared, rows[fold.number], labels)
+    for fold, rows in zip(folds, parts):
+        test = data.MammogramDataset(prepared, rows, labels)
         read = fold.read(test, settings.batch_size, dtype, progress)
-        table = prepared.splits.iloc[test.rows][["image", "patient", "fold"]].copy()
+        table = prepared.splits.iloc[rows][["image", "patient", "fold"]].copy()
         table["label"] = test.labels.numpy()
         table[PROBABILITIES] = fold.probabilities(read.logits, test.table(), beside=True)
         p = table[PROBABILITIES].to_numpy()
@@ -331,11 +324,11 @@ def patient_weights(patients, folds, resamples, seed):
 # %% Metrics of weighted films: for all rows of weights at once
 # 2,000 calls of a library would take minutes, matrix products take a second. The cell after the
 # next checks them against scikit-learn.
-def weighted_auc(scores, positive, negative, weights):
+def weighted_auc(scores, positive, weights):
     """Return the ROC AUC for every row of weights: the share of pairs in the right order."""
-    above = scores[positive][:, None] - scores[negative][None, :]
+    above = scores[positive][:, None] - scores[~positive][None, :]
     right = (np.sign(above) + 1) / 2  # a tie counts half
-    w_positive, w_negative = weights[:, positive], weights[:, negative]
+    w_positive, w_negative = weights[:, positive], weights[:, ~positive]
     pairs = w_positive.sum(1) * w_negative.sum(1)
     return np.divide(((w_positive @ right.astype(np.float32)) * w_negative).sum(1), pairs,
                      out=np.full(len(weights), np.nan), where=pairs > 0)  # fmt: skip
@@ -369,7 +362,10 @@ def specificity_at(recall, scores, positive, weights):
 # off the test films' own curve, to compare runs; "at the point" is the threshold that validation
 # chose.
 def measure(predictions, recalled, weights):
-    """Return every metric (column) for every row of weights; `recalled` is bool (n,)."""
+    """Return every metric (column) for every row of weights.
+
+    `recalled` is bool (n,), or None: without what it takes a threshold for.
+    """
     label = predictions["label"].to_numpy()
     p = predictions[PROBABILITIES].to_numpy()
     cell = np.eye(9, dtype=np.float32)[3 * label + predictions["predicted"].to_numpy()]
@@ -385,19 +381,19 @@ def measure(predictions, recalled, weights):
             values[f"{name} recall"] = recall[:, code]
             named = np.nan_to_num(precision[:, code])  # 0 if no film is called so
             values[f"{name} precision"] = np.where(recall[0, code] >= 0, named, np.nan)
-        one, rest = label == MALIGNANT, label != MALIGNANT
-        values["AUC malignant"] = weighted_auc(p[:, MALIGNANT], one, rest, weights)
-        abnormal, normal = label != NORMAL, label == NORMAL
-        values["AUC abnormal"] = weighted_auc(1 - p[:, NORMAL], abnormal, normal, weights)
+        one, lesion = label == MALIGNANT, label != NORMAL
+        values["AUC malignant"] = weighted_auc(p[:, MALIGNANT], one, weights)
+        values["AUC abnormal"] = weighted_auc(1 - p[:, NORMAL], lesion, weights)
         either = p[:, MALIGNANT] + p[:, BENIGN]  # 0 on a film that is surely normal
-        ratio = np.divide(p[:, MALIGNANT], either, out=np.full(len(p), 0.5), where=either > 0)
-        values["AUC benign/malignant"] = weighted_auc(ratio, one, label == BENIGN, weights)
-        each = [weighted_auc(p[:, c], label == c, label != c, weights) for c in range(3)]
-        values["AUC macro"] = np.mean([each[c] for c in np.unique(label)], axis=0)
+        ratio = np.where(either > 0, p[:, MALIGNANT] / either, 0.5)[lesion]
+        values["AUC benign/malignant"] = weighted_auc(ratio, one[lesion], weights[:, lesion])
+        each = [weighted_auc(p[:, c], label == c, weights) for c in np.unique(label)]
+        values["AUC macro"] = np.mean(each, axis=0)
         values["specificity at recall 0.95"] = specificity_at(0.95, p[:, MALIGNANT], one, weights)
         values["average precision malignant"] = weighted_precision(p[:, MALIGNANT], one, weights)
-        tp, fn = (weights[:, one & recalled].sum(1), weights[:, one & ~recalled].sum(1))
-        fp, tn = (weights[:, rest & recalled].sum(1), weights[:, rest & ~recalled].sum(1))
+        if recalled is None:
+            return pd.DataFrame(values)
+        tn, fp, fn, tp = (weights @ np.eye(4, dtype=np.float32)[2 * one + recalled]).T
         values["recall at the point"] = tp / (tp + fn)
         values["specificity at the point"] = tn / (tn + fp)
         values["PPV at the point"] = tp / (tp + fp)
@@ -410,9 +406,8 @@ def summarise(values, resamples):
     """Return value, low, high (95 %), fold mean and fold standard deviation of every metric."""
     drawn, alone = values.iloc[1 : 1 + resamples], values.iloc[1 + resamples :]
     low, high = drawn.quantile(0.025), drawn.quantile(0.975)
-    spread = alone.std() if len(alone) > 1 else np.nan
     return pd.DataFrame({"value": values.iloc[0], "low": low, "high": high,
-                         "fold mean": alone.mean(), "fold sd": spread})  # fmt: skip
+                         "fold mean": alone.mean(), "fold sd": alone.std()})  # fmt: skip
 
 
 if __name__ == "__main__" and judging:
@@ -445,11 +440,10 @@ if __name__ == "__main__" and judging:
         by_library["AUC malignant"] = roc_auc_score(label == MALIGNANT, predictions["p_malignant"])
     check = pd.DataFrame({"scikit-learn": by_library}).assign(reported=metrics["value"])
     assert np.allclose(check["scikit-learn"], check["reported"], atol=1e-5), check
-    report = classification_report(
+    report = pd.DataFrame(classification_report(
         label, named, labels=there, target_names=np.take(CLASS_NAMES, there), output_dict=True,
         zero_division=0,
-    )  # fmt: skip
-    report = pd.DataFrame(report).T
+    )).T  # fmt: skip
     common.table(report.round(3), f"classification report; {scope}")
 
 
@@ -493,19 +487,11 @@ if __name__ == "__main__" and judging:
 DECIDED = ["accuracy", "balanced accuracy", "macro F1", *(f"{name} recall" for name in CLASS_NAMES)]
 
 
-def likeliest_class(predictions):
-    """Return the predictions with each film called by its highest probability."""
-    return predictions.assign(predicted=predictions[PROBABILITIES].to_numpy().argmax(1))
-
-
 if __name__ == "__main__" and judging:
     common.check_settings(settings, "05_evaluate.py")
-    ways = {
-        "likeliest class": summarise(
-            measure(likeliest_class(predictions), recalled, draws), settings.resamples
-        ),
-        f"tempering {settings.tempering}": metrics,
-    }
+    likeliest = predictions.assign(predicted=predictions[PROBABILITIES].to_numpy().argmax(1))
+    ways = {"likeliest class": summarise(measure(likeliest, None, draws), settings.resamples)}
+    ways[f"tempering {settings.tempering}"] = metrics
     decision = side_by_side(ways, DECIDED)
     common.table(decision.round(3), f"what films are called, in two ways; {scope}")
 
@@ -528,21 +514,17 @@ if __name__ == "__main__" and judging:
 # Always answering normal has an accuracy of 0.64 on MIAS: a figure means something only beside
 # that. The claim is the one that the project began with; nobody has shown how it was measured.
 if __name__ == "__main__" and judging:
-    label = predictions["label"]
-    trivial = pd.Series(NORMAL, label.index)
-    f1 = f1_score(label, trivial, average="macro", labels=np.unique(label), zero_division=0)
-    always = {"accuracy": (label == NORMAL).mean(), "malignant recall": 0.0, "macro F1": f1}
+    always_normal = measure(predictions.assign(predicted=NORMAL), None, draws[:1]).iloc[0]
     claim = metrics.loc[list(CLAIM), ["value", "low", "high"]].dropna()
-    claim = claim.assign(**{"always normal": pd.Series(always), "claim": pd.Series(CLAIM)})
+    claim = claim.assign(**{"always normal": always_normal, "claim": pd.Series(CLAIM)})
     common.table(claim.round(3), f"the claim has no published protocol; {scope}")
     figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    places = np.arange(len(claim))
+    places = list(claim.index)
     errors = [claim["value"] - claim["low"], claim["high"] - claim["value"]]
     axis.bar(places, claim["value"], 0.5, yerr=errors, capsize=4, color="#0072B2", label="this run")
     axis.plot(places, claim["claim"], "D", color="#D55E00", label="claim, protocol unpublished")
     axis.plot(places, claim["always normal"], "_k", ms=28, mew=2, label="always normal")
-    axis.set(xticks=places, xticklabels=claim.index, ylim=(0, 1.35), ylabel="test value")
-    axis.set_yticks(np.arange(0, 1.1, 0.2))
+    axis.set(ylim=(0, 1.35), yticks=np.arange(0, 1.1, 0.2), ylabel="test value")
     axis.set_title(scope, fontsize=8)
     axis.legend(fontsize=8, loc="upper center", ncols=3, markerscale=0.6)
     common.show(figure, judged_run / "figures" / "claim.png")
@@ -592,10 +574,8 @@ if __name__ == "__main__" and judging:
     label = predictions["label"].to_numpy()
     rows = run_data.labels.set_index("image").loc[predictions["image"]]
     paired = network.beside_other_breast(reading.logits, rows)
-    versions = {
-        "before": network.probabilities(paired, 1.0, torch.ones(3)),
-        "after": predictions[PROBABILITIES].to_numpy(),
-    }
+    untempered = network.probabilities(paired, 1.0, torch.ones(3))
+    versions = {"before": untempered, "after": predictions[PROBABILITIES].to_numpy()}
     errors = {name: calibration_errors(p, label) for name, p in versions.items()}
     calibration = pd.DataFrame(errors, index=["Brier score", "ECE"])
     common.table(calibration.round(3), f"calibration before and after; {scope}")
@@ -630,10 +610,9 @@ def by_group(predictions, prepared):
     rows = []
     for group, frame, key in keys:
         for value, part in frame[key.astype(str) != ""].groupby(key, observed=True):
-            found = int((part["predicted"] != NORMAL).sum())
+            found, n = int((part["predicted"] != NORMAL).sum()), len(part)
             right = float((part["predicted"] == part["label"]).mean())
-            rows.append((group, value, len(part), found / len(part), right,
-                         *wilson(found, len(part))))  # fmt: skip
+            rows.append((group, value, n, found / n, right, *wilson(found, n)))
     columns = ["group", "value", "n", "called abnormal", "right class", "low", "high"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -711,12 +690,11 @@ def canvas_on_film(values, g, size):
     """Carry an array over the canvas (h, w) back to the film, (film_height, film_width)."""
     tensor = torch.as_tensor(np.asarray(values, np.float32))[None, None]
     sides = [max(round(side / g.scale), 1) for side in size]
-    crop = F.interpolate(tensor, sides, mode="bilinear", align_corners=False)[0, 0]
-    crop = crop[: g.crop_height, : g.crop_width].numpy()
-    crop = np.pad(crop, [(0, g.crop_height - crop.shape[0]), (0, g.crop_width - crop.shape[1])])
+    crop = F.interpolate(tensor, sides, mode="bilinear")[0, 0, : g.crop_height, : g.crop_width]
     film = np.zeros((g.film_height, g.film_width), np.float32)
-    box = np.s_[g.crop_top : g.crop_top + g.crop_height, g.crop_left : g.crop_left + g.crop_width]
-    film[box] = crop[:, ::-1] if g.mirrored else crop
+    box = film[g.crop_top :, g.crop_left :][: g.crop_height, : g.crop_width]
+    box = box[:, ::-1] if g.mirrored else box
+    box[: crop.shape[0], : crop.shape[1]] = crop.numpy()
     return film
 
 
@@ -759,9 +737,8 @@ if __name__ == "__main__" and judging:
             for axis in line[len(films) :]:
                 axis.axis("off")
             line[0].set_ylabel(name)
-        figure.suptitle(
-            f"{kind}, p of malignant, blue: the radiologists' circles; {scope}", fontsize=8
-        )
+        title = f"{kind}, p of malignant, blue: the radiologists' circles; {scope}"
+        figure.suptitle(title, fontsize=8)
         file_name = {"Grad-CAM": "gradcam.png", "Places": "places.png"}[kind]
         common.show(figure, judged_run / "figures" / file_name)
 
@@ -783,16 +760,15 @@ def unlike(canvas, statistics):
 # The same crop and the same canvas as in step 1. Of a pair, the first film's laterality settles the
 # second's.
 def place_own_films(paths, settings, record):
-    """Return the films of paths and, for each, its canvas and Geometry."""
+    """Return the films of paths, their canvases and their Geometries."""
     if settings.pair and len(paths) != 2:
         raise UserError(f"--pair takes the two films of one person, found {len(paths)}")
     size, crop = tuple(record["data"]["size"]), record["data"]["crop"]
     bits = record["film_bits"] if record["film_bits"] > 8 else None
     films = [common.read_film(path, bits) for path in paths]
     side = str(prepare.sides_of(pd.Series([str(settings.laterality)]), "--laterality")[0])
-    sides, placed = [side] * len(films), []
-    if settings.pair and side:
-        sides[1] = "left" if side == "right" else "right"
+    other = {"left": "right", "right": "left", "": ""}[side]
+    sides, placed = [side, other] if settings.pair else [side] * len(films), []
     for path, film, side in zip(paths, films, sides):
         for what in prepare.oddities(film, side) if crop == "breast" else ():
             common.warn(f"{path}: {what}")
@@ -802,7 +778,7 @@ def place_own_films(paths, settings, record):
             raise UserError(f"{path}: {error}; is it a mammogram of one breast?") from None
     if settings.pair and placed[0][1].mirrored == placed[1][1].mirrored:
         common.warn("both films look like the same breast; name the first one's --laterality")
-    return films, placed
+    return (films, *zip(*placed))
 
 
 # %% Your own films: read by the models of all folds, whose probabilities are averaged
@@ -819,16 +795,15 @@ def read_own_films(paths, folder, record, settings):
         One a film: the film, Grad-CAM and the map of places over it.
     """
     paths = common.named_films(paths)
-    folds, size = load_folds(folder, record, settings.device), tuple(record["data"]["size"])
-    films, placed = place_own_films(paths, settings, record)
-    canvases = np.stack([canvas for canvas, _ in placed])
-    dataset = data.MammogramDataset.of_canvases(canvases)
+    folds = load_folds(folder, record, settings.device)
+    films, canvases, geometries = place_own_films(paths, settings, record)
+    dataset = data.MammogramDataset.of_canvases(np.stack(canvases))
     bar = common.Progress(sum(len(fold.models) for fold in folds) * len(films), "reading")
     readings = [fold.read(dataset, 1, progress=bar) for fold in folds]
     bar.close()
-    couple = {"patient": [0] * len(films), "laterality": ["left", "right"][: len(films)]}
-    p = np.mean([f.probabilities(r.logits, couple if settings.pair else None, settings.pair)
-                 for f, r in zip(folds, readings)], axis=0)  # fmt: skip
+    couple = {"patient": [0, 0], "laterality": ["left", "right"]}
+    each = [f.probabilities(r.logits, couple, settings.pair) for f, r in zip(folds, readings)]
+    p = np.mean(each, axis=0)
     own = pd.DataFrame(p, columns=PROBABILITIES)
     own.insert(0, "image", [str(path) for path in paths])
     prior = torch.stack([fold.prior for fold in folds]).mean(0)
@@ -840,22 +815,19 @@ def read_own_films(paths, folder, record, settings):
     for row in own[own["note"] != ""].itertuples():
         common.warn(f"{row.image} is {row.note}; the models were never tried on such films")
     _, cams, places = network.mean_reading(readings)
-    figures = [
-        plot_own_film(own.iloc[n], film, g, size, cams[n], places[n])
-        for n, (film, (_, g)) in enumerate(zip(films, placed))
-    ]
-    return own, figures
+    films_of = zip(own.to_dict("records"), films, canvases, geometries, cams, places)
+    return own, [plot_own_film(*parts) for parts in films_of]
 
 
 # %% Your own films: the picture, and the reading; settings.image = "film.png", then run this cell
 # For settings.laterality and settings.pair see the Settings cell. Probabilities of a model are no
 # diagnosis.
-def plot_own_film(row, film, geometry, size, cam, places):
+def plot_own_film(row, film, canvas, geometry, cam, places):
     """Draw a film of one's own, Grad-CAM and the map of places over it."""
     figure, axes = plt.subplots(1, 3, figsize=(9, 4.2), layout="constrained")
-    heats = {Path(row["image"]).name: np.zeros(size), "Grad-CAM": cam, "places": places}
+    heats = {Path(row["image"]).name: np.zeros_like(canvas), "Grad-CAM": cam, "places": places}
     for axis, (title, heat) in zip(axes, heats.items()):
-        draw_heat(axis, film, canvas_on_film(heat, geometry, size))
+        draw_heat(axis, film, canvas_on_film(heat, geometry, canvas.shape))
         axis.set_title(title, fontsize=9)
     said = ", ".join(f"{name} {row[f'p_{name}']:.2f}" for name in CLASS_NAMES)
     figure.suptitle(f"{said}. {common.DISCLAIMER}", fontsize=8)
@@ -898,23 +870,17 @@ def compare_runs(names, resamples, seed):
         path = common.runs_dir(name) / "predictions.csv"
         if not path.is_file():
             raise UserError(f"{path} is not there; python 05_evaluate.py --run {name} makes it")
-        names_as_text = {"dtype": {"image": str, "patient": str}, "keep_default_na": False}
-        tables.append(pd.read_csv(path, **names_as_text).set_index("image"))
+        tables.append(common.read_table(path).set_index("image"))
     films = sorted(set.intersection(*(set(table.index) for table in tables)))
     tables = [table.loc[films].reset_index() for table in tables]
     if not films or any((t["label"] != tables[0]["label"]).any() for t in tables):
         raise UserError("the runs have no test films in common, or other labels for them")
     weights = patient_weights(tables[0]["patient"], np.zeros(len(films)), resamples, seed)
-    none = np.zeros(len(films), bool)
-    values = [measure(table, none, weights) for table in tables]
-    kept = [name for name in values[0] if "point" not in name and "per cancer" not in name]
+    values = [measure(table, None, weights) for table in tables]
     two = len(names) == 2
-    summary = values[1] - values[0] if two else sum(values) / len(values)
-    drawn = summary[kept].iloc[1 : 1 + resamples]
-    comparison = pd.DataFrame({name: v[kept].iloc[0] for name, v in zip(names, values)}).assign(
-        **{"difference" if two else "mean": summary[kept].iloc[0]},
-        low=drawn.quantile(0.025),
-        high=drawn.quantile(0.975),
+    last = summarise(values[1] - values[0] if two else sum(values) / len(values), resamples)
+    comparison = pd.DataFrame({name: v.iloc[0] for name, v in zip(names, values)}).assign(
+        **{"difference" if two else "mean": last["value"]}, low=last["low"], high=last["high"]
     )
     comparison = comparison.dropna(how="all")  # of classes that the films have not
     if not two:

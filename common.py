@@ -12,9 +12,7 @@ import difflib
 import errno
 import hashlib
 import http.client
-import importlib
 import inspect
-import itertools
 import json
 import os
 import pickle
@@ -24,7 +22,6 @@ import shutil
 import sys
 import threading
 import time
-import traceback
 import typing
 import urllib.request
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -36,7 +33,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, ImageSequence, UnidentifiedImageError
 
 # ---------------------------------------------------------------------- names and folders
 
@@ -119,7 +116,7 @@ def in_words(path=None):
 def quiet_excepthook(kind, error, trace):
     """End a command-line run with one message on stderr instead of a traceback."""
     if "--debug" in sys.argv:
-        traceback.print_exception(kind, error, trace)
+        sys.__excepthook__(kind, error, trace)
     else:
         sys.stdout.flush()
         print(f"\nerror: {explain(error)}", file=sys.stderr)
@@ -192,13 +189,12 @@ def command_line(settings_class, description):
     settings : object
         An instance of `settings_class`.
     """
-    main_file = getattr(sys.modules["__main__"], "__file__", None)
-    run_as_file = bool(main_file and sys.argv[0] and os.path.samefile(main_file, sys.argv[0]))
     if in_ipython():
         shell = sys.modules["IPython"].get_ipython()
         shell.extension_manager.load_extension("autoreload")  # an edited step is used next time
         shell.run_line_magic("autoreload", "2")
-        if not run_as_file:
+        main_file = getattr(sys.modules["__main__"], "__file__", None)
+        if not (main_file and sys.argv[0] and os.path.samefile(main_file, sys.argv[0])):
             return settings_class()
     else:
         sys.excepthook = quiet_excepthook
@@ -258,10 +254,8 @@ def replacing(path):
     UserError
         If the disk is full or may not be written to. What was there before stays.
     """
-    path = Path(path)
-    temporary, old = (
-        path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old")
-    )
+    path, hidden = Path(path), f".{Path(path).name}.{os.getpid()}"
+    temporary, old = path.with_name(f"{hidden}.part"), path.with_name(f"{hidden}.old")
     with in_words(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -320,7 +314,6 @@ def locked(folder):
 
     The lock is the operating system's, so that a killed process leaves none behind.
     """
-    folder = Path(folder)
     with in_words(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+b")
@@ -422,9 +415,7 @@ def contact(url, patience=12.0):
 # ---------------------------------------------------------------------- reading films
 
 FILM_SUFFIXES = (".pgm", ".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm")
-SIDE_FILES = (
-    ".txt .csv .tsv .json .xml .md .pdf .html .xls .xlsx .doc .docx .ini .db .log"
-).split()
+SIDE_FILES = ".txt .csv .tsv .json .xml .md .pdf .html .xls .xlsx .doc .docx .ini .db .log".split()
 MASK = r"(^|[\W_])(masks?|gt|ground[\W_]?truths?|segmentations?|annotations?)([\W_\d]|$)"
 
 
@@ -451,7 +442,8 @@ def read_film(path, bits=None, notes=None):
     UserError
         If the file is missing, no film, cut short, or cannot be read without a loss.
     """
-    path, said = Path(path).expanduser(), []
+    path = Path(path).expanduser()
+    said = [] if notes is None else notes
     try:
         pixels, depth = (read_dicom if path.suffix.lower() == ".dcm" else read_image)(path, said)
     except FileNotFoundError:
@@ -479,10 +471,7 @@ def read_film(path, bits=None, notes=None):
     if light_rim and 0.2 < bright < 0.95 and bright > 2 * (pixels <= 15).mean():
         pixels = 255 - pixels
         said.append("taken for a negative, since its background is white, and inverted")
-    if notes is not None:
-        notes += said
-        return pixels
-    for what in said:
+    for what in said if notes is None else ():
         warn(f"{path}: {what}")
     return pixels
 
@@ -492,11 +481,8 @@ def read_image(path, said):
     with Image.open(path) as image:
         pages = getattr(image, "n_frames", 1)
         if pages > 1:
-            sizes = []
-            for page in range(pages):
-                image.seek(page)
-                sizes.append(image.size)
-            image.seek(max(range(pages), key=lambda page: np.prod(sizes[page])))
+            areas = [page.width * page.height for page in ImageSequence.Iterator(image)]
+            image.seek(areas.index(max(areas)))
             said.append(f"has {pages} pages, of which the largest is used")
         tags = image.tag_v2 if image.format == "TIFF" else {}
         layout = str(image.tile)
@@ -509,7 +495,7 @@ def read_image(path, said):
         if image.mode in ("LA", "PA", "RGBA") or clear is not None and not deep:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-        if image.mode == "P" or len(image.getbands()) > 1:
+        if image.mode in ("1", "P") or len(image.getbands()) > 1:
             colours = np.array(image.convert("RGB"))
             if np.ptp(colours, axis=2).max() > 32:  # JPEG alone tints a grey film a little
                 said.append("has colours: marks on a film may give its label away")
@@ -519,8 +505,6 @@ def read_image(path, said):
         pixels[pixels == clear] = 0
     if tags.get(258) == (32,) and tags.get(339, (1,)) == (1,):  # Pillow takes them for signed
         pixels = pixels.view(np.uint32)
-    if pixels.dtype == bool:
-        return pixels.astype(np.uint8) * 255, 8
     if pixels.dtype == np.uint8:
         return pixels, 8
     if not np.isfinite(pixels).all():
@@ -572,10 +556,8 @@ def dicom_header(path):
     """Return patient and laterality of a DICOM film, a dict of text, "" where it has none."""
     with opened_dicom(path, stop_before_pixels=True) as (_, film):
         side = str(film.get("ImageLaterality") or film.get("Laterality"))
-        return {
-            "patient": str(film.get("PatientID") or ""),
-            "laterality": side if side in ("R", "L") else "",  # B: both, U: unpaired
-        }
+        side = side if side in ("R", "L") else ""  # B: both, U: unpaired
+        return {"patient": str(film.get("PatientID") or ""), "laterality": side}
 
 
 def read_dicom(path, said):
@@ -584,10 +566,7 @@ def read_dicom(path, said):
     With the window or lookup table, inverted and without padding.
     """
     with opened_dicom(path) as (pydicom, film):
-        new = hasattr(pydicom, "pixels")  # since 3.0
-        tools = importlib.import_module(
-            f"pydicom.{'pixels' if new else 'pixel_data_handlers.util'}"
-        )
+        tools = getattr(pydicom, "pixels", None) or pydicom.pixel_data_handlers.util  # before 3.0
         photometric = str(film.get("PhotometricInterpretation") or "MONOCHROME2")
         if int(film.get("NumberOfFrames") or 1) > 1 or not photometric.startswith("MONOCHROME"):
             raise ValueError(f"it has several frames or colours ({photometric})")
@@ -620,11 +599,8 @@ def files_below(folder):
     paths, seen = [], set()
     for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         seen.add(os.path.realpath(root))  # a link may lead back up
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and os.path.realpath(os.path.join(root, name)) not in seen
-        ]
+        real = {name: os.path.realpath(os.path.join(root, name)) for name in folders}
+        folders[:] = [n for n in real if not n.startswith(".") and real[n] not in seen]
         paths += [Path(root, name) for name in names if not name.startswith(".")]
     return sorted(paths)
 
@@ -672,9 +648,9 @@ def matching(name):
 
 def named_films(names):
     """Return the paths that names, patterns such as scans/*.png, and folders stand for."""
-    names = [names] if isinstance(names, (str, Path)) else list(names)
+    names = [names] if isinstance(names, (str, Path)) else names
     paths = []
-    for path in itertools.chain.from_iterable(map(matching, names)):
+    for path in sum(map(matching, names), []):
         films = film_paths(path) if path.is_dir() else [path]
         if not films:
             raise UserError(f"{path} holds no films; read are {', '.join(FILM_SUFFIXES)}")
@@ -809,8 +785,7 @@ def announce(prepared):
 def read_table(path):
     """Read a CSV of ours; names stay text, even 001 and NA."""
     text = dict.fromkeys(("image", "patient", "digest", "note"), str)
-    numbers = ("x", "y", "radius", "canvas_x", "canvas_y", "canvas_radius")
-    empty = dict.fromkeys(numbers, [""])
+    empty = dict.fromkeys(("x", "y", "radius", "canvas_x", "canvas_y", "canvas_radius"), [""])
     return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=empty)
 
 
@@ -882,19 +857,14 @@ class Progress:
             left = (now - self.start) / max(self.done, 1) * (self.total - self.done)
             bar = "#" * int(20 * self.done / max(self.total, 1))
             line = f"{self.label} [{bar:<20}] {self.done}/{self.total}  {clock(left)} left  {text}"
-            self._draw(line)
+            print("\r" + line.ljust(self.width), end="", flush=True)
+            self.width = len(line)
 
     def close(self, text=None):
         """Finish the line; `text` takes the place of the bar."""
         seconds = time.perf_counter() - self.start
         line = text or f"{self.label}: {self.done} in {clock(seconds)}"
-        if self.live:
-            self._draw(line)
-        print("" if self.live else line, flush=True)
-
-    def _draw(self, line):
-        print("\r" + line.ljust(self.width), end="", flush=True)
-        self.width = len(line)
+        print("\r" + line.ljust(self.width) if self.live else line, flush=True)
 
 
 def clock(seconds):
@@ -923,8 +893,7 @@ def warn(message):
 
 def table(frame, title):
     """Print a DataFrame under a title, whole and unwrapped; "-" stands for what is not defined."""
-    print(f"\n{title}")
-    print(frame.to_string(na_rep="-") + "\n", flush=True)
+    print(f"\n{title}\n{frame.to_string(na_rep='-')}\n", flush=True)
 
 
 def show(figure, path=None):
