@@ -126,14 +126,12 @@ def unpack(archive, folder):
         if limit < 0:
             raise ValueError("it unpacks to far more than its size")
         path = folder / Path(name).name
-        kept = path.suffix.lower() in (*common.FILM_SUFFIXES, ".txt")
-        if kept and not path.name.startswith("."):  # macOS adds ._mdb001.pgm
-            if path.exists():
-                raise ValueError(
-                    f"it holds {path.name} twice; unpack it, and name that with --images"
-                )
-            with open(path, "wb") as file, stream() as data:
-                shutil.copyfileobj(data, file)
+        if path.name.startswith(".") or path.suffix.lower() not in (*common.FILM_SUFFIXES, ".txt"):
+            continue  # macOS adds ._mdb001.pgm
+        if path.exists():
+            raise ValueError(f"it holds {path.name} twice; unpack it, and name that with --images")
+        with open(path, "wb") as file, stream() as data:
+            shutil.copyfileobj(data, file)
     if not common.film_paths(folder):
         raise ValueError("it holds no film")
 
@@ -217,8 +215,7 @@ def find_films(settings):
     auto = settings.source == "auto"
     images = Path(settings.images).expanduser() if settings.images else None
     own = settings.labels or images and in_class_folders(images, settings.classes)
-    own = own and settings.source in ("auto", "own")
-    source = "own" if own else "mias" if auto else settings.source
+    source = ("own" if own else "mias") if auto else settings.source
     if source not in READERS:
         raise UserError(f"--source {source}: expected auto, {', '.join(READERS)}")
     if source == "phantom":
@@ -233,10 +230,10 @@ def find_films(settings):
         raise UserError(f"--source {source} needs --images DIR or --archive FILE")
     if images:
         if not images.is_dir() or not common.film_paths(images):
-            found = [path.name for path in images.glob("*")]  # none if it is not there
+            # none if it is not there
+            found = common.listing(sorted(path.name for path in images.glob("*"))) or "nothing"
             raise UserError(
-                f"--images {images} is no folder of films; it holds "
-                f"{common.listing(sorted(found)) or 'nothing'}; read are "
+                f"--images {images} is no folder of films; it holds {found}; read are "
                 f"{', '.join(common.FILM_SUFFIXES)}, in folders below it too"
             )
         return source, images
@@ -343,8 +340,7 @@ def read_own_table(path):
     first += bool(separator)  # Excel's own line
     if first >= len(lines):
         raise UserError(f"{path} has no rows")
-    header = lines[first]
-    comma = separator[1] if separator else max(",;\t|", key=header.count)
+    comma = separator[1] if separator else max(",;\t|", key=lines[first].count)
     most = max(line.count(comma) for line in lines[first:]) + 1
     try:
         table = pd.read_csv(
@@ -378,31 +374,29 @@ def read_own_table(path):
 # %% Columns of your own: by their usual names
 # A column may be called PatientID, patient or case. What is taken for what, and what is not used,
 # is said: a patient column that is overlooked would put films of a patient on both sides.
-COLUMNS = {  # in small letters, without blanks and signs; the first that is there is taken
-    "image": "image file filename filepath path film imageid imagename imagefile imagefilepath",
-    "label": "label labelname class classname pathology diagnosis",
-    "patient": "patient patientid subject subjectid case caseid id",
-    "laterality": "laterality imagelaterality side breast leftorrightbreast view",
-}
+COLUMNS = [  # in small letters, without blanks and signs; the first that is there is taken
+    "image file filename filepath path film imageid imagename imagefile imagefilepath",
+    "label labelname class classname pathology diagnosis",
+    "patient patientid subject subjectid case caseid id",
+    "laterality imagelaterality side breast leftorrightbreast view",
+]
 
 
 def own_columns(table, path, wanted=COLUMNS):
-    """Return the columns of a table by the names of `wanted`, and those that are left."""
+    """Return the columns of a table by the first names of `wanted`, and those that are left."""
     plain = [re.sub(r"[\W_]", "", str(name)).lower() for name in table]
     twice = sorted({str(n) for n, p in zip(table, plain) if p and plain.count(p) > 1})
     if twice:
         raise UserError(f"{path} has a column twice: {common.listing(twice)}")
-    found = {}
-    for role, names in wanted.items():
-        there = [plain.index(name) for name in names.split() if name in plain]
-        if there:
-            found[role] = there[0]
-            if plain[there[0]] != role:
-                print(f'{path}: its column "{table.columns[there[0]]}" is taken for {role}')
+    columns, found = dict(zip(plain, table)), {}
+    for role, *others in map(str.split, wanted):
+        name = next((name for name in (role, *others) if name in columns), None)
+        if name:
+            found[role] = columns[name]
+            if name != role:
+                print(f'{path}: its column "{columns[name]}" is taken for {role}')
     kept = list(found.values())
-    return table.iloc[:, kept].set_axis(list(found), axis=1), table.drop(
-        columns=table.columns[kept]
-    )
+    return table[kept].set_axis(list(found), axis=1), table.drop(columns=kept)
 
 
 # %% Labels of your own: words or numbers, with their meaning shown
@@ -421,10 +415,12 @@ def named_classes(classes=""):
     return known
 
 
-def class_codes(words, classes, path):
-    """Return the classes (a Series of codes, NaN where not understood) that words name."""
+# %% Labels of your own: a class for every row, and only one
+# A second column that names the class, in words, must say the same.
+def checked_labels(table, rest, classes, path):
+    """Return the labels (codes) of a table; UserError names lines without one, or with two."""
     known = named_classes(classes)
-    words = words.str.lower().str.replace(r"\.0+$", "", regex=True)
+    words = table["label"].str.lower().str.replace(r"\.0+$", "", regex=True)
     numbers = sorted(set(words[words.str.fullmatch(r"[-+]?\d+")]) - set(known))
     if numbers == ["0", "1", "2"]:
         known.update({"0": BENIGN, "1": NORMAL, "2": MALIGNANT})
@@ -435,14 +431,7 @@ def class_codes(words, classes, path):
             '(normal) and 2 (malignant) are known. Say what yours mean: --classes "0=normal,...", '
             "or write names. BI-RADS numbers are no classes"
         )
-    return words.map(known)
-
-
-# %% Labels of your own: a class for every row, and only one
-# A second column that names the class, in words, must say the same.
-def checked_labels(table, rest, classes, path):
-    """Return the labels (codes) of a table; UserError names lines without one, or with two."""
-    label = class_codes(table["label"], classes, path)
+    label = words.map(known)
     bad = table.index[label.isna() | (table["image"] == "")]
     if len(bad):
         raise UserError(
@@ -450,7 +439,6 @@ def checked_labels(table, rest, classes, path):
             f"{common.listing(table.loc[bad, 'label'].unique())}); labels are benign, normal, "
             'malignant or 0, 1, 2; --classes "cancer=malignant,..." says what other words mean'
         )
-    known = named_classes(classes)
     for name in rest:
         words = rest[name][rest[name] != ""].str.lower()
         second = words[~words.str.fullmatch(r"[\d.]+")].map(known)
@@ -467,9 +455,8 @@ def checked_labels(table, rest, classes, path):
 def same_patients(names):
     """Return patients' names (Series of text) in one spelling each; say what was merged."""
     small = names.str.lower().str.strip()
-    key = small.str.replace(r"\.0+$|[\W_]|(?<!\d)0+(?=\d)", "", regex=True).where(
-        small.str.contains(r"\w"), small
-    )
+    key = small.str.replace(r"\.0+$|[\W_]|(?<!\d)0+(?=\d)", "", regex=True)
+    key = key.where(small.str.contains(r"\w"), small)
     missing = small.str.fullmatch(
         r"n/?a|nan|none|null|unknown|\W+|-\d+|anon\w*|de-?identified|removed|x+|[\d.,]+e\+\d+"
     )
@@ -487,16 +474,13 @@ def same_patients(names):
 
 # %% Sides of your own: R, Left, L-MLO
 # What else may stand there is refused, since a film on the wrong side is mirrored and cut wrongly.
-VIEWS = "cc|mlo|ml|lm|lmo|xccl|xccm|xcc|sio|at|cv|fb"
+VIEWS = "cc|mlo|ml|lm|lmo|xccl|xccm|xcc|sio|at|cv|fb|breast"
 
 
 def sides_of(sides, path="`labels`"):
     """Return "right", "left" or "" for sides such as R, Left or L-MLO, a Series of text."""
-    found = (
-        sides.str.strip()
-        .str.lower()
-        .str.extract(rf"^(?!lat$)(r|l|right|left|)(?:[ _-]*(?:{VIEWS}|breast))?$", expand=False)
-    )
+    words = sides.str.strip().str.lower()
+    found = words.str.extract(rf"^(?!lat$)(r|l|right|left|)(?:[ _-]*(?:{VIEWS}))?$", expand=False)
     if found.isna().any():
         wrong = common.listing(sides[found.isna()].unique())
         raise UserError(f"{path}: laterality {wrong}; expected right, left or nothing")
@@ -555,8 +539,8 @@ def match_films(labels, folder, quiet=False):
             f"none of the labelled films was found in {folder}; expected "
             f"{common.listing(labels['image'], 3) or 'no film'}, found {common.listing(extra, 3)}"
         )
-    if extra and not quiet:
-        common.warn(f"{len(extra)} films have no label and are left out: {common.listing(extra)}")
+    if not quiet:
+        common.warn_of(extra, "films have no label and are left out")
     return {image: paths[0] for image, paths in found.items()}
 
 
@@ -604,10 +588,9 @@ def say_contradictions(labels, paths, headers, folder, classes, path):
         sides = sides_of(headers["laterality"])
         differ = (sides != "") & (rows["laterality"] != "") & (sides != rows["laterality"])
         patients = rows["patient"].groupby(headers["patient"]).transform("nunique")
+        mixed = (headers["patient"] != "") & (patients > 1)
         wrong["the laterality of their headers"] = rows.index[differ]
-        wrong["their headers, where they are the same patient's"] = rows.index[
-            (patients > 1) & (headers["patient"] != "")
-        ]
+        wrong["their headers, where they are the same patient's"] = rows.index[mixed]
     for what, images in wrong.items():
         if len(images):
             common.warn(f"{path} contradicts {what}: {common.listing(images)}")
@@ -674,14 +657,8 @@ def read_own_labels(path, folder=None, classes=""):
 # from the top; a box becomes the circle round its middle with half its longer side.
 def read_own_findings(path, labels, classes=""):
     """Return the findings of a CSV (image and x,y,radius or x0,y0,x1,y1[, severity][, type])."""
-    wanted = {name: COLUMNS.get(name, name) for name in "image severity type x y radius".split()}
-    wanted.update(
-        severity="severity pathology",
-        x0="x0 xmin left",
-        y0="y0 ymin top",
-        x1="x1 xmax right",
-        y1="y1 ymax bottom",
-    )
+    corners = ["x0 xmin left", "y0 ymin top", "x1 xmax right", "y1 ymax bottom"]
+    wanted = [COLUMNS[0], "severity pathology", "type", "x", "y", "radius", *corners]
     table, rest = own_columns(read_own_table(path), path, wanted)
     box = "x0" in table
     numbers = ["x0", "y0", "x1", "y1"] if box else ["x", "y", "radius"]
@@ -696,29 +673,22 @@ def read_own_findings(path, labels, classes=""):
     thousands = texts[texts.str.fullmatch(r"\d+\.\d{3}")].unique()
     if len(thousands):
         common.warn(f"{path}: points are taken for decimal ones in {common.listing(thousands)}")
-    for name in numbers:
-        text = table[name].str.replace(r",(?!\d{3}$)", ".", regex=True)  # 1,020 may be a thousand
-        table[name] = pd.to_numeric(text, errors="coerce")
+    points = table[numbers].replace(r",(?!\d{3}$)", ".", regex=True)  # 1,020 may be a thousand
+    table[numbers] = points.apply(pd.to_numeric, errors="coerce")
     film = table["image"].map(film_key).map(dict(zip(labels["image"].map(film_key), labels.index)))
     label = film.map(labels["label"])
     word = table.get("severity", pd.Series("", table.index)).str.lower()
     named = word.map({"b": BENIGN, "m": MALIGNANT, **named_classes(classes)})
-    named = named.where(named != NORMAL)
-    severity = named.where(word != "", label)
+    severity = named.where(named != NORMAL).where(word != "", label)
     if box:
         low, high = table[["x0", "y0"]].to_numpy(), table[["x1", "y1"]].to_numpy()
-        table["radius"] = (high - low).max(1) / 2
+        table["radius"] = np.where((high > low).all(1), (high - low).max(1) / 2, np.nan)
         table[["x", "y"]] = (low + high) / 2
-        table.loc[(high <= low).any(1), "radius"] = np.nan
-    worse = severity.map(SEVERITY.index, na_action="ignore") > label.map(
-        SEVERITY.index, na_action="ignore"
-    )
+    worse = (severity == MALIGNANT) & (label == BENIGN)
+    vague = ~table["radius"].between(1e-9, 1e5) | table[["x", "y"]].isna().any(axis=1)
     for wrong, what in [
         (film.isna(), "a film that has no label"),
-        (
-            ~table["radius"].between(1e-9, 1e5) | table[["x", "y"]].isna().any(axis=1),
-            "no circle or box in numbers such as 1040 and 12.5",
-        ),
+        (vague, "no circle or box in numbers such as 1040 and 12.5"),
         ((table[numbers] <= 1).all(axis=1), "shares of the film in place of its pixels"),
         (severity.isna(), "a severity other than benign (B) or malignant (M)"),
         (worse | (label == NORMAL), "a finding that its film's label contradicts"),
@@ -771,8 +741,7 @@ def stock_of(folder):
         with open(path, "rb") as file:
             file.seek(status.st_size // 2)
             middle = zlib.crc32(file.read(4096))
-        name = path.relative_to(folder).as_posix()
-        stock.append((name, status.st_size, status.st_mtime_ns, middle))
+        stock.append((path.relative_to(folder), status.st_size, status.st_mtime_ns, middle))
     return stock
 
 
@@ -947,18 +916,15 @@ def place_film(film, laterality, size, crop="breast"):
     before, after = (margin, wall) if mirrored else (wall, margin)
     top, left = max(0, int(rows[0]) - margin), max(0, int(columns[0]) - before)
     box = np.s_[top : int(rows[-1]) + 1 + margin, left : int(columns[-1]) + 1 + after]
-    cut = film[box] * mask[box]
+    cut = (film[box] * mask[box])[:, :: -1 if mirrored else 1]
     height, width = cut.shape
     scale = min(size[0] / height, size[1] / width)
-    if mirrored:
-        cut = cut[:, ::-1]
     # whole canvas pixels: at most half of one is lost, and points keep the exact scale
     shape = [min(max(round(side * scale), 1), most) for side, most in zip(cut.shape, size)]
     extent = (0, 0, min(shape[1] / scale, width), min(shape[0] / scale, height))
     canvas = np.zeros(size, np.uint8)
-    canvas[: shape[0], : shape[1]] = Image.fromarray(cut).resize(
-        shape[::-1], Image.BILINEAR, box=extent
-    )
+    shrunk = Image.fromarray(cut).resize(shape[::-1], Image.BILINEAR, box=extent)
+    canvas[: shape[0], : shape[1]] = shrunk
     return canvas, Geometry(*film.shape, top, left, height, width, mirrored, scale), mask
 
 
@@ -1022,11 +988,9 @@ def oddities(film, laterality):
     said = ["less than 64 px high or wide"] if min(film.shape) < 64 else []
     said += ["fewer than 32 grey levels"] if len(np.unique(film)) < 32 else []
     columns = np.flatnonzero(lit.mean(axis=0) > 0.02)
-    if not len(columns):
+    if not len(columns) or min(coarse.shape) < 8:
         return said
     height, width = coarse.shape
-    if min(coarse.shape) < 8:
-        return said
     top, bottom = coarse[: height // 2].mean(), coarse[-(height // 2) :].mean()
     left, right = coarse[:, : width // 2].mean(), coarse[:, -(width // 2) :].mean()
     across = min(left, right) / max(left, right)
@@ -1056,9 +1020,7 @@ def say_oddities(films):
     for note, part in notes.groupby(notes.to_numpy()):
         swapped = "called" in note and len(part) > len(films) / 4  # of either side
         hint = "; the column laterality is probably swapped" if swapped else ""
-        common.warn(
-            f"{len(part)} of {len(films)} films, {note}{hint}: {common.listing(part.index)}"
-        )
+        common.warn_of(part.index, f"of {len(films)} films, {note}{hint}")
 
 
 # %% What films are like: by this a film is judged to be unlike the others
@@ -1247,8 +1209,7 @@ def check_films(source, films, missing, allow_partial):
 
 def rows_of(labels, films):
     """Return the labels of those films that have one, in the films' order; R becomes right."""
-    known = films[films["image"].isin(labels["image"])]
-    rows = labels.set_index("image").loc[known["image"]].reset_index()[list(labels)]
+    rows = films[["image"]].merge(labels, on="image")[list(labels)]
     return rows.assign(laterality=sides_of(rows["laterality"]))
 
 
@@ -1259,8 +1220,7 @@ if __name__ == "__main__":
     missing = sorted(expected - {*paths, *there})
     usable = film_table[check_films(source, film_table, missing, settings.allow_partial)]
     odd = usable["image"][unlike_the_set(usable[STATISTICS])]
-    if len(odd):
-        common.warn(f"{len(odd)} films are unlike the others of their set: {common.listing(odd)}")
+    common.warn_of(odd, "films are unlike the others of their set")
     common.table(usable[STATISTICS].describe().round(3), f"{len(usable)} films can be used")
 
 
@@ -1313,21 +1273,17 @@ def near_copies(canvases, patients):
     small = np.stack([np.asarray(film, np.float32).ravel() for film in small])
     small -= small.mean(axis=1, keepdims=True)
     small /= np.linalg.norm(small, axis=1, keepdims=True).clip(1e-6)
-    near = NearestNeighbors(radius=0.07).fit(small).radius_neighbors_graph().tocoo()
-    pairs = zip(near.row.tolist(), near.col.tolist())
-    return [(n, m) for n, m in pairs if n < m and patients[n] != patients[m]]
+    near = NearestNeighbors(radius=0.07).fit(small).radius_neighbors_graph()
+    return [(n, m) for n, m in zip(*near.nonzero()) if n < m and patients[n] != patients[m]]
 
 
 if __name__ == "__main__":
     common.check_settings(settings, "01_prepare_data.py")
-    copies = near_copies(
-        (canvases[n] for n in usable.index[usable["image"].isin(used_labels["image"])]),
-        list(used_labels["patient"]),
-    )
-    if copies:
-        pairs = [" and ".join(used_labels["image"].iloc[list(pair)]) for pair in copies]
-        common.warn(f"{len(pairs)} pairs of films look alike, but are called different patients'; "
-                    f"copies would leak: {common.listing(pairs)}")  # fmt: skip
+    rows = usable.index[usable["image"].isin(used_labels["image"])]  # of the canvases
+    copies = near_copies((canvases[n] for n in rows), list(used_labels["patient"]))
+    copies = [" and ".join(used_labels["image"].iloc[list(pair)]) for pair in copies]
+    common.warn_of(copies, "pairs of films look alike, but are called different patients'; "
+                   "copies would leak")  # fmt: skip
 
 
 # %% Circles: from film to canvas pixels
@@ -1343,9 +1299,7 @@ def place_findings(findings, table, canvases, crop="breast"):
     findings = findings.reset_index(drop=True)
     placed, off, cut = np.full((len(findings), 3), np.nan), [], []
     number = dict(zip(table["image"], table.index))
-    for place, row in enumerate(findings.itertuples()):
-        if np.isnan(row.radius):
-            continue
+    for row in findings.dropna(subset=["radius"]).itertuples():
         n = number[row.image]
         g = Geometry(*table.loc[n, list(Geometry._fields)])
         x, y = film_to_canvas(row.x, row.y, g)
@@ -1360,12 +1314,10 @@ def place_findings(findings, table, canvases, crop="breast"):
         first = np.array([g.crop_left, g.crop_top])
         if (start < first).any() or (end > first + [g.crop_width - 1, g.crop_height - 1]).any():
             cut.append(row.image)
-        placed[place] = x, y, row.radius * g.scale
+        placed[row.Index] = x, y, row.radius * g.scale
     findings[["canvas_x", "canvas_y", "canvas_radius"]] = placed
-    for images, what in [(off, "have their centre off the breast, and are not used"),
-                         (cut, "reach out of the crop")]:  # fmt: skip
-        if images:
-            common.warn(f"{len(images)} circles {what}: {common.listing(images)}")
+    common.warn_of(off, "circles have their centre off the breast, and are not used")
+    common.warn_of(cut, "circles reach out of the crop")
     given = findings[["x", "y", "radius"]].dropna()
     if len(given) and given.to_numpy().max() <= 100 < table["film_height"].min() / 4:
         common.warn("all findings lie within 100 px of the top left corner: are they per cent?")
@@ -1416,16 +1368,13 @@ def save(folder, films, tables, state, edited=()):
     common.discard(new)  # of a run that was killed
     with common.in_words(folder):
         try:
-            new.mkdir(parents=True)
-            with open(new / "films.npy", "wb") as file:
+            with common.replacing(new / "films.npy") as temporary, open(temporary, "wb") as file:
                 shape = (state["films"], *state["size"])
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
                 for film in films:
                     pixels.update(film.tobytes())
                     file.write(film.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
             for name, table in tables.items():
                 common.write_csv(table, new / name)
             digests = {n: common.file_digest(new / n) for n in ("labels.csv", "splits.csv")}
@@ -1445,19 +1394,14 @@ def save(folder, films, tables, state, edited=()):
 
 if __name__ == "__main__":
     common.check_settings(settings, "01_prepare_data.py")
+    common.check_tables(used_labels, splits)
+    if (used_labels["laterality"] != used_labels["image"].map(sides)).any():
+        raise UserError("laterality changed: run the cell 'Place every film' and the next first")
+    if not rows_of(labels, usable).equals(used_labels):
+        raise UserError("labels changed: run the cell 'Split patients' and the next ones first")
     with common.locked(common.data_dir()):
         if stock_of(folder) != stock:
-            raise UserError(
-                f"the files in {folder} changed meanwhile; run 01_prepare_data.py again"
-            )
-        common.check_tables(used_labels, splits)
-        turned = used_labels["laterality"] != used_labels["image"].map(sides)
-        if turned.any():
-            raise UserError(
-                "laterality changed: run the cell 'Place every film' and the next first"
-            )
-        if not rows_of(labels, usable).equals(used_labels):
-            raise UserError("labels changed: run the cell 'Split patients' and the next ones first")
+            raise UserError(f"the files in {folder} changed meanwhile; run {settings.script} again")
         used = usable[usable["image"].isin(used_labels["image"])].drop(columns="problem")
         tables = {"films.csv": used, "labels.csv": used_labels,
                   "findings.csv": placed_findings, "splits.csv": splits}  # fmt: skip
@@ -1509,9 +1453,8 @@ if __name__ == "__main__":
                       hue_order=list(colours), palette=colours)  # fmt: skip
     axes[1].set(ylabel="findings", title=f"Findings (n = {len(prepared.findings)})")
     axes[1].tick_params(axis="x", labelsize=8)
-    fold_mix.plot.bar(stacked=True, ax=axes[2], color=common.COLOURS, legend=False)
+    fold_mix.plot.bar(stacked=True, ax=axes[2], color=common.COLOURS, legend=False, rot=0)
     axes[2].set(ylabel="films", title="Class mix of the folds")
-    axes[2].tick_params(axis="x", rotation=0)
     common.show(figure, prepared.folder / "figures" / "counts.png")
 
 
@@ -1532,8 +1475,7 @@ if __name__ == "__main__":
                 colour = common.COLOURS["malignant" if c.severity == "M" else "benign"]
                 centre = (c.canvas_x, c.canvas_y)
                 axis.add_patch(plt.Circle(centre, c.canvas_radius, fill=False, color=colour))
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
+    plt.setp(axes, xticks=[], yticks=[])
     figure.suptitle(
         f"{prepared.source}: films on the canvas; circles blue benign, orange malignant"
     )

@@ -635,9 +635,7 @@ def say_left_out(folder):
                 others += [path.name] if file.read(132)[128:] == b"DICM" else []
     if masks:
         print(f"{len(masks)} masks are left out: {listing(masks)}")
-    if others:
-        read = ", ".join(FILM_SUFFIXES)
-        warn(f"{len(others)} files are left out, not being called {read}: {listing(others)}")
+    warn_of(others, f"files are left out, not being called {', '.join(FILM_SUFFIXES)}")
 
 
 def matching(name):
@@ -889,6 +887,12 @@ def warn(message):
     """Print a warning on stderr and go on."""
     sys.stdout.flush()
     print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def warn_of(names, what):
+    """Warn of names, if there are any: how many, what they are, and which."""
+    if len(names):
+        warn(f"{len(names)} {what}: {listing(names)}")
 
 
 def table(frame, title):
