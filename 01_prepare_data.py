@@ -338,7 +338,7 @@ def read_own_table(path):
     first = next((n for n, line in enumerate(lines) if line.strip(" \t,;\"'")), 0)
     separator = re.fullmatch(r"\W*sep=(.)\W*", lines[first]) if lines else None
     first += bool(separator)  # Excel's own line
-    if first >= len(lines):
+    if not any(lines[first:]):
         raise UserError(f"{path} has no rows")
     comma = separator[1] if separator else max(",;\t|", key=lines[first].count)
     most = max(line.count(comma) for line in lines[first:]) + 1
@@ -439,8 +439,8 @@ def checked_labels(table, rest, classes, path):
             f"{common.listing(table.loc[bad, 'label'].unique())}); labels are benign, normal, "
             'malignant or 0, 1, 2; --classes "cancer=malignant,..." says what other words mean'
         )
-    for name in rest:
-        words = rest[name][rest[name] != ""].str.lower()
+    for name, words in rest.items():
+        words = words[words != ""].str.lower()
         second = words[~words.str.fullmatch(r"[\d.]+")].map(known)
         other = second.index[second.notna() & (second != label[second.index])]
         if len(other):
@@ -987,8 +987,8 @@ def oddities(film, laterality):
     lit = coarse > tissue_threshold(coarse)
     said = ["less than 64 px high or wide"] if min(film.shape) < 64 else []
     said += ["fewer than 32 grey levels"] if len(np.unique(film)) < 32 else []
-    columns = np.flatnonzero(lit.mean(axis=0) > 0.02)
-    if not len(columns) or min(coarse.shape) < 8:
+    columns, rows = (np.flatnonzero(lit.mean(axis=axis) > 0.02) for axis in (0, 1))
+    if not (len(columns) and len(rows)) or min(coarse.shape) < 8:
         return said
     height, width = coarse.shape
     top, bottom = coarse[: height // 2].mean(), coarse[-(height // 2) :].mean()
@@ -1006,7 +1006,7 @@ def oddities(film, laterality):
         said.append("looks like both breasts on one film")
     turn = -1 if (laterality or guess_laterality(film)) == "right" else 1  # the wall to the left
     wall = np.flatnonzero(lit[:, ::turn].mean(axis=0) > 0.2)[:1].sum()  # behind it lies padding
-    rows, sixth = np.flatnonzero(lit.mean(axis=1) > 0.02), max(height // 6, 1)
+    sixth = max(height // 6, 1)
     strip = coarse[rows[0] : rows[-1] + 1, ::turn][:, wall : wall + max(width // 6, 1)]
     if strip[-sixth:].mean() > 1.5 * max(strip[:sixth].mean(), 8):
         said.append("looks upside down (the muscle lies at the bottom)")
@@ -1054,7 +1054,8 @@ def bits_of_set(paths):
 
     def count(path):
         """Count a film's pixels by their bits, if they are more than 8."""
-        with contextlib.suppress(OSError, ValueError, SyntaxError):  # named when it is placed
+        # a broken or a huge one is named when it is placed
+        with contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             if path.suffix.lower() != ".dcm":
                 with Image.open(path) as image:
                     deep = image.mode.startswith(("I", "F"))

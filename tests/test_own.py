@@ -362,6 +362,15 @@ def test_9_what_is_turned_upside_down_or_double_is_named():
         (np.hstack([upright, right]), "both breasts"),
     ]:  # fmt: skip
         assert what in " ".join(prepare.oddities(np.ascontiguousarray(picture), "")), what
+    line = np.zeros((128, 128), np.uint8)
+    line[10:60, 64] = 255
+    assert prepare.oddities(line, "left") == ["fewer than 32 grey levels"]
+
+
+def test_a_film_of_too_many_pixels_is_named_and_its_grey_levels_are_not_counted(home, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 128 * 128)
+    message = refused(prepare_data, **saved(home, many(**{"f03.png": film(size=256)})))
+    assert "f03.png" in message and "cannot be decoded" in message
 
 
 # ---------------------------------------------------------------------- C. grey values

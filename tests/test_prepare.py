@@ -407,6 +407,8 @@ def test_that_there_is_no_patient_column_is_said_once(home, capsys):
         ("image,label,laterality\na.png,benign,up\n", ["laterality", "up"]),
         ("image,label\n", ["mine.csv"]),
         ("", ["no rows", "mine.csv"]),
+        ("\n", ["no rows", "mine.csv"]),
+        ("image,label,-,-\na,benign,Normal,b\n", ['column "-" contradict in line 2']),
     ],
 )
 def test_own_labels_that_make_no_sense_are_refused_and_named(home, text, complaints):
