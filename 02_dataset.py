@@ -4,12 +4,11 @@ In:  data/<source>/films.npy and the tables beside it (step 1 is run if they are
 Out: MammogramDataset, the batches of an epoch, and their augmentation. Nothing is written
      but figures.
 
-    python 02_dataset.py            shows a batch, the augmentation and the effect of the sampler
+    python 02_dataset.py            shows batches, the augmentation, and what a network looks at
 """
 
 # %% Imports: this script finds its own folder first, whatever the working directory is
 import copy
-import importlib
 import math
 import sys
 from dataclasses import dataclass
@@ -18,10 +17,8 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(globals().get("__file__", "cell")).resolve().parent))
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from sklearn.utils.class_weight import compute_sample_weight
 from torch.nn import functional as F
@@ -29,8 +26,6 @@ from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 import common
 from common import BENIGN, CLASS_NAMES, MALIGNANT, NORMAL, UserError
-
-prepare = importlib.import_module("01_prepare_data")
 
 
 # %% Settings: change a value and run the cells below again; each name is a command-line flag
@@ -64,16 +59,12 @@ def named_folds(text, splits):
 
 def fold_parts(prepared, fold, validation=0.2, train_share=1.0):
     """Return row numbers, {"train", "validation", "test": ndarray of int}, of one fold."""
-    if not 0 < validation <= 0.5:
-        raise UserError(f"--validation {validation}: expected a share above 0, 0.5 at most")
-    if not 0 < train_share <= 1:
-        raise UserError(f"--train-share {train_share}: expected a share above 0, 1 at most")
     tested = (prepared.splits["fold"] == fold).to_numpy()
     rest = prepared.labels[~tested]
-    kept = prepare.deal_patients(rest, round(1 / validation), seed=fold, fewest=1) == 0
+    kept = common.deal_patients(rest, round(1 / validation), seed=fold, fewest=1) == 0
     train = rest[~kept]
     if train_share < 1:
-        train = train[prepare.deal_patients(train, round(1 / train_share), fold, fewest=1) == 0]
+        train = train[common.deal_patients(train, round(1 / train_share), fold, fewest=1) == 0]
     rows = {"train": train.index, "validation": rest.index[kept]}
     rows["test"] = prepared.labels.index[tested]
     patients = [set(prepared.labels["patient"][part]) for part in rows.values()]
@@ -81,36 +72,20 @@ def fold_parts(prepared, fold, validation=0.2, train_share=1.0):
     return {name: part.to_numpy() for name, part in rows.items()}
 
 
-def shuffled_labels(labels, seed):
-    """Permute labels between patients with the same number of films; returns int (n_films,).
-
-    The leak test: a sound evaluation of a model trained on these falls to chance.
-    """
-    rng = np.random.default_rng(seed)
-    mixed = labels["label"].to_numpy().copy()
-    groups = labels.groupby("patient").indices
-    sizes = pd.Series({patient: len(rows) for patient, rows in groups.items()})
-    for _, same_size in sizes.groupby(sizes):
-        rows = np.array([groups[patient] for patient in same_size.index])  # (patients, films)
-        mixed[rows] = labels["label"].to_numpy()[rows[rng.permutation(len(rows))]]
-    return mixed
-
-
-# %% Reduced films: each block of pixels becomes one, its mean
-# A large canvas is also read whole, and at half the size for the price of a small one. Sums of
-# slices take a quarter of the time of F.avg_pool2d, which counts where every batch is reduced.
-def block_means(films, side):
-    """Return F.avg_pool2d of uint8 films (B, 1, H, W) by `side`, rounded."""
-    height, width = (length // side * side for length in films.shape[2:])
-    rows = [films[:, :, n:height:side].short() for n in range(side)]
-    rows = sum(rows[1:], rows[0])
-    columns = [rows[..., n:width:side].float() for n in range(side)]
-    return sum(columns[1:], columns[0]).div_(side**2).round_().byte()
+if __name__ == "__main__":
+    prepared = common.open_prepared(settings.source)
+    chosen_fold = named_folds(settings.fold, prepared.splits)[0]
+    parts = fold_parts(prepared, chosen_fold, settings.validation, settings.train_share)
+    part = prepared.labels["label_name"]
+    parts_mix = pd.DataFrame({name: part[rows].value_counts() for name, rows in parts.items()})
+    parts_mix = parts_mix.reindex([name for name in CLASS_NAMES if name in parts_mix.index])
+    common.table(parts_mix.fillna(0).astype(int), f"films per class of fold {chosen_fold}")
 
 
 # %% The Dataset: films from the memory map, and the radiologists' circles as maps
 # An item is a film, its label and its row. The row is for look-ups only and never enters the
-# network: file order leaks the class (AUC 0.69 on MIAS from the number alone).
+# network: file order leaks the class (AUC 0.69 on MIAS from the number alone). A map says where a
+# lesion is; an abnormal film without a usable circle has none that could be trusted.
 class MammogramDataset(Dataset):
     """Films of one part of a split: item n is (film, label, row).
 
@@ -135,15 +110,14 @@ class MammogramDataset(Dataset):
         true = prepared.labels["label"].to_numpy()
         self.all_labels = torch.tensor(true if labels is None else labels)
         self.labels = self.all_labels[self.rows]
+        placed = prepared.findings["canvas_radius"].notna()
         self.circles = {}
-        for circle in prepared.findings.dropna(subset=["canvas_radius"]).itertuples():
+        for circle in prepared.findings[placed].itertuples():
             self.circles.setdefault(circle.image, []).append(circle)
-        unplaced = set(prepared.findings["image"][prepared.findings["canvas_radius"].isna()])
+        circled = np.isin(self.images, list(self.circles))
         # an abnormal film without a usable circle must not teach that it is normal everywhere
-        self.known = np.array(
-            [image not in unplaced and (label == NORMAL or image in self.circles)
-             for image, label in zip(self.images, true)]
-        )  # fmt: skip
+        unplaced = np.isin(self.images, prepared.findings["image"][~placed].to_list())
+        self.known = (circled | (true == NORMAL)) & ~unplaced
 
     @classmethod
     def of_canvases(cls, canvases):
@@ -182,13 +156,9 @@ class MammogramDataset(Dataset):
     def lesion_maps(self, rows):
         """Draw the circles of films, given by their row numbers.
 
-        Returns
-        -------
-        maps : float32 tensor, shape (B, 2, height / CELL, width / CELL), of the film's sides
-            1 inside a benign (channel 0) or a malignant circle (channel 1), else 0. A circle
-            counts at least the pixel that its centre lies in.
-        known : bool tensor, shape (B,)
-            Whether the maps are the whole truth.
+        Returns maps, float32 (B, 2, height / CELL, width / CELL), 1 inside a benign (channel 0) or
+        a malignant circle (1), at least at the pixel of its centre; and bool (B,), whether they are
+        the whole truth.
         """
         cell = self.CELL * self.reduce  # canvas px
         height, width = (math.ceil(side / cell) for side in self.films.shape[1:])
@@ -203,24 +173,22 @@ class MammogramDataset(Dataset):
 
 
 if __name__ == "__main__":
-    common.check_settings(settings, "02_dataset.py")
-    prepared = common.open_prepared(settings.source)
-    look_fold = named_folds(settings.fold, prepared.splits)[0]
-    parts = fold_parts(prepared, look_fold, settings.validation, settings.train_share)
-    names = prepared.labels["label_name"]
-    parts_mix = pd.DataFrame({part: names[rows].value_counts() for part, rows in parts.items()})
-    in_order = [name for name in CLASS_NAMES if name in parts_mix.index]
-    common.table(
-        parts_mix.loc[in_order].fillna(0).astype(int), f"films per class of fold {look_fold}"
-    )
     dataset = MammogramDataset(prepared, parts["train"])
-    film, label, row = dataset[0]
-    print(f"film 0: {tuple(film.shape)} {film.dtype}, {CLASS_NAMES[label]}, row {row}")
+    rows = prepared.findings[prepared.findings["image"].isin(dataset.table()["image"])]
+    rows = rows.dropna(subset=["canvas_radius"]).sort_values("canvas_radius")["image"]
+    name = (*rows, dataset.images[0])[len(rows) // 2]  # a film with a lesion of the median size
+    shown_row = int(np.argmax(dataset.images == name))
+    part, (maps, _) = MammogramDataset(prepared, [shown_row])[0], dataset.lesion_maps([shown_row])
+    print(f"film {tuple(part[0].shape)}, {CLASS_NAMES[part[1]]}; maps {tuple(maps.shape[1:])}")
+    pictures = [(name, part[0][0]), *zip(("benign", "malignant"), 255 * maps[0])]
+    figure, axes = common.draw_films(pictures, "A film and its lesion maps", size=(6, 4))
+    common.show(figure, prepared.folder / "figures" / "lesion-map.png")
 
 
-# %% Batches: whole batches come from memory, so that no worker processes are needed
+# %% Batches: every class equally often
 # The sampler draws every class equally often. Either this or class weights in the loss, not both:
-# together they would count the rare classes twice.
+# together they would count the rare classes twice. Whole batches come from memory, so that no
+# worker processes are needed.
 def balanced_sampler(labels, generator):
     """Return a sampler that draws `len(labels)` films, every class equally often."""
     weights = compute_sample_weight("balanced", np.asarray(labels))
@@ -238,26 +206,51 @@ def batches(dataset, batch_size, sampler=None):
     return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=lambda batch: batch)
 
 
+def shuffled_labels(labels, seed):
+    """Permute labels between patients with the same number of films; returns int (n_films,).
+
+    The leak test: a sound evaluation of a model trained on these falls to chance.
+    """
+    rng = np.random.default_rng(seed)
+    mixed = labels["label"].to_numpy().copy()
+    groups = labels.groupby("patient").indices
+    sizes = pd.Series({patient: len(rows) for patient, rows in groups.items()})
+    for _, same_size in sizes.groupby(sizes):
+        rows = np.array([groups[patient] for patient in same_size.index])  # (patients, films)
+        mixed[rows] = labels["label"].to_numpy()[rows[rng.permutation(len(rows))]]
+    return mixed
+
+
 if __name__ == "__main__":
-    common.check_settings(settings, "02_dataset.py")
     generator = torch.Generator().manual_seed(settings.seed)
     sampler = balanced_sampler(dataset.labels, generator)
-    first_batch = next(iter(batches(dataset, settings.batch_size, sampler)))
-    batch_films, batch_labels, batch_rows = first_batch
-    figure, axes = plt.subplots(1, len(batch_films), figsize=(10, 3), layout="constrained",
-                                squeeze=False)  # fmt: skip
-    for axis, film, label in zip(axes.flat, batch_films, batch_labels):
-        axis.imshow(film[0].numpy(), cmap="gray", vmin=0, vmax=255)
-        axis.set_title(CLASS_NAMES[label], fontsize=9)
-        axis.axis("off")
-    figure.suptitle(f"A training batch drawn by the sampler: {tuple(batch_films.shape)}, uint8")
-    common.show(figure, dataset.prepared.folder / "figures" / "batch.png")
+    batch = next(iter(batches(dataset, settings.batch_size, sampler)))  # films, labels, rows
+    pictures = [(CLASS_NAMES[row], part[0]) for part, row, _ in zip(*batch)]
+    title = f"A training batch drawn by the sampler: {tuple(batch[0].shape)}, uint8"
+    figure, axes = common.draw_films(pictures, title)
+    common.show(figure, prepared.folder / "figures" / "batch.png")
 
 
-# %% Kinds of augmentation: one function each, first the moves
+# %% The sampler's effect: classes drawn in one epoch, with and without it
+# Drawn by chance, two of three films of an epoch are normal; by the sampler, each class is a third.
+# The price: each malignant film is seen twice an epoch.
+if __name__ == "__main__":
+    rows = list(balanced_sampler(dataset.labels, torch.Generator().manual_seed(0)))
+    epoch_mix = {"without": dataset.labels, "with the sampler": dataset.labels[rows]}
+    epoch_mix = {name: np.bincount(part, minlength=3) for name, part in epoch_mix.items()}
+    epoch_mix = pd.DataFrame(epoch_mix, index=CLASS_NAMES)
+    common.table(epoch_mix, "films of an epoch")
+    options = {"figsize": (5, 3.4), "rot": 0, "color": ["#999999", "#009E73"], "ylabel": "films"}
+    title = f"An epoch of fold {chosen_fold} (n = {len(dataset)})"
+    axis = epoch_mix.plot.bar(title=title, **options)
+    common.show(axis.figure, prepared.folder / "figures" / "sampler.png")
+
+
+# %% Augmentation: how a film is varied each time that it is seen
 # A kind gets films (B, 1, H, W), 0 to 1, the largest change for each (B,), and the generator. A
 # move returns the way back from the varied canvas (x and y from -1 to 1) to the original's, as
-# matrices (B, 3, 3).
+# matrices (B, 3, 3); a change of grey values returns films, where black, which is no tissue, stays
+# black. A new kind is one function, and one line in MOVES or GREYS.
 def between(limit, generator):
     """Draw a number from -limit to limit for each of the limits (B,)."""
     return limit * (2 * torch.rand(len(limit), generator=generator) - 1)
@@ -293,9 +286,6 @@ def shift(films, share, generator):
     return matrices(x=2 * between(share, generator), y=2 * between(share, generator))
 
 
-# %% Kinds of augmentation: the grey values
-# Films are exposed and scanned differently. A change of grey values returns films; black, which is
-# no tissue, stays black.
 def gamma(films, strength, generator):
     """Raise grey values to a power between exp(-strength) and exp(strength)."""
     return films ** torch.exp(between(strength, generator)).to(films.device)[:, None, None, None]
@@ -306,7 +296,68 @@ def contrast(films, strength, generator):
     return films * torch.exp(between(strength, generator)).to(films.device)[:, None, None, None]
 
 
-# %% Two looks at a large canvas: the whole film reduced, and windows of it as it is
+# How strong, for benign, normal and malignant films: the rarer classes, drawn again and again by
+# the sampler, are varied more; not much more, or a network could tell them by it.
+MOVES = {
+    mirror: (0.5, 0.5, 0.5),  # probability
+    scale: (0.15, 0.10, 0.15),  # share of the size
+    rotation: (15.0, 10.0, 15.0),  # degrees
+    shift: (0.03, 0.02, 0.03),  # share of the canvas side
+}
+GREYS = {
+    gamma: (0.30, 0.20, 0.30),  # exponent between exp(-0.3) and exp(0.3)
+    contrast: (0.25, 0.15, 0.25),  # factor between exp(-0.25) and exp(0.25)
+}
+
+
+def sampling_grid(theta, height, width):
+    """Return F.affine_grid of matrices (B, 3, 3), in a third of its time: x and y are planes."""
+    x, y = ((2 * torch.arange(n, device=theta.device) + 1) / n - 1 for n in (width, height))
+    across, down, origin = theta[:, :2, :, None, None].unbind(2)  # (B, 2, 1, 1)
+    return (across * x + down * y[:, None] + origin).movedim(1, 3)
+
+
+def augment(films, labels, generator, strength=1.0, maps=None, window=1.0, centres=None):
+    """Vary films (B, 1, H, W), float32, 0 to 1; maps over the same canvas go where they go.
+
+    `labels` (B,) choose the strengths, `strength` multiplies them, `generator` lies on the CPU so
+    that a run repeats on any device. Of films with `centres` (B, 2) a `window` is left, whose sides
+    are that share of theirs. Returns films and maps (or None).
+    """
+    if strength == 0 and centres is None:
+        return films, maps
+    kinds = {**MOVES, **GREYS}
+    limits = {kind: strength * torch.tensor(each)[labels.cpu()] for kind, each in kinds.items()}
+    theta = torch.eye(3).repeat(len(films), 1, 1)
+    for kind in MOVES:
+        theta = kind(films, limits[kind], generator) @ theta
+    if centres is not None:
+        theta = matrices(xx=window, yy=window, x=centres[:, 0], y=centres[:, 1]) @ theta
+
+    def move(images):
+        sides = [round(side * window) for side in images.shape[2:]]
+        grid = sampling_grid(theta.to(films.device), *sides)
+        return F.grid_sample(images, grid, align_corners=False)
+
+    films, maps = move(films), None if maps is None else move(maps)
+    for kind in GREYS:
+        films = kind(films, limits[kind], generator).clamp_(0, 1)
+    return films, maps
+
+
+if __name__ == "__main__":
+    maps, _ = dataset.lesion_maps([shown_row] * 8)
+    part = torch.from_numpy(prepared.films[[shown_row] * 8][:, None]) / 255
+    options = torch.full((8,), MALIGNANT), torch.Generator().manual_seed(0), settings.augment, maps
+    pictures = [("original", part[0, 0], maps[0].amax(0))]
+    for row in zip(*augment(part, *options)):
+        pictures.append((len(pictures), row[0][0], row[1].amax(0)))
+    title = f"{dataset.images[shown_row]} under eight augmentations, its circles carried along"
+    figure, axes = common.draw_films(pictures, title, size=(10, 2.6), white=1)
+    common.show(figure, prepared.folder / "figures" / "augmentation.png")
+
+
+# %% Two looks at a large film: the whole film reduced, and windows of it as it is
 # Each shows a network as many rows at a step, 512 of a canvas of 1024, so both cost the same. The
 # whole film shows how tissue is spread, a window small lesions and calcifications. Windows lie
 # three of four times at a circle, where the film has one, else anywhere on the breast, and are
@@ -317,6 +368,15 @@ ROWS = 512  # of a film that a step sees, at least where there are as many
 def reduction(films):
     """Return how many times `ROWS` go into the rows of films (n, H, W), 1 at least."""
     return max(1, films.shape[1] // ROWS)
+
+
+def block_means(films, side):
+    """Return F.avg_pool2d of uint8 films (B, 1, H, W) by `side`, rounded, four times as fast."""
+    height, width = (length // side * side for length in films.shape[2:])
+    rows = [films[:, :, n:height:side].short() for n in range(side)]
+    rows = sum(rows[1:], rows[0])
+    columns = [rows[..., n:width:side].float() for n in range(side)]
+    return sum(columns[1:], columns[0]).div_(side**2).round_().byte()
 
 
 def window_centres(dataset, rows, window, generator):
@@ -349,91 +409,22 @@ def window_labels(labels, maps, known):
     return torch.where(known.cpu() & (labels != NORMAL), seen, labels)
 
 
-# %% Augmentation: how strong each kind is, for benign, normal and malignant films
-# The rarer classes, drawn again and again by the sampler, are varied more; not much more, or a
-# network could tell them by it. A new kind is one function above and one line here.
-MOVES = {
-    mirror: (0.5, 0.5, 0.5),  # probability
-    scale: (0.15, 0.10, 0.15),  # share of the size
-    rotation: (15.0, 10.0, 15.0),  # degrees
-    shift: (0.03, 0.02, 0.03),  # share of the canvas side
-}
-GREYS = {
-    gamma: (0.30, 0.20, 0.30),  # exponent between exp(-0.3) and exp(0.3)
-    contrast: (0.25, 0.15, 0.25),  # factor between exp(-0.25) and exp(0.25)
-}
-
-
-def sampling_grid(theta, height, width):
-    """Return F.affine_grid of matrices (B, 3, 3), in a third of its time: x and y are planes."""
-    x, y = ((2 * torch.arange(n, device=theta.device) + 1) / n - 1 for n in (width, height))
-    across, down, origin = theta[:, :2, :, None, None].unbind(2)  # (B, 2, 1, 1)
-    return (across * x + down * y[:, None] + origin).movedim(1, 3)
-
-
-def augment(films, labels, generator, strength=1.0, maps=None, window=1.0, centres=None):
-    """Vary films (B, 1, H, W), float32, 0 to 1; maps over the same canvas go where they go.
-
-    `labels` (B,) choose the strengths, `strength` multiplies them, `generator` lies on the CPU so
-    that a run repeats on any device. Of films with `centres` (B, 2) a `window` is left, whose sides
-    are that share of theirs. Returns films and maps (or None).
-    """
-    if strength == 0 and centres is None:
-        return films, maps
-    limits = {kind: strength * torch.tensor(each)[labels.cpu()]
-              for kind, each in {**MOVES, **GREYS}.items()}  # fmt: skip
-    theta = torch.eye(3).repeat(len(films), 1, 1)
-    for kind in MOVES:
-        theta = kind(films, limits[kind], generator) @ theta
-    if centres is not None:
-        theta = matrices(xx=window, yy=window, x=centres[:, 0], y=centres[:, 1]) @ theta
-
-    def move(images):
-        sides = [round(side * window) for side in images.shape[2:]]
-        grid = sampling_grid(theta.to(films.device), *sides)
-        return F.grid_sample(images, grid, align_corners=False)
-
-    films, maps = move(films), None if maps is None else move(maps)
-    for kind in GREYS:
-        films = kind(films, limits[kind], generator).clamp_(0, 1)
-    return films, maps
+def two_looks(dataset, row):
+    """Return pictures [(title, array)] of a film: the whole of it reduced, and four windows."""
+    share, rows = 1 / max(reduction(dataset.films), 2), [row] * 4
+    films = torch.from_numpy(dataset.films[rows][:, None])  # (4, 1, H, W)
+    maps, known = dataset.lesion_maps(rows)
+    labels, generator = dataset.all_labels[rows], torch.Generator().manual_seed(1)
+    centres = window_centres(dataset, rows, share, generator)
+    windows, maps = augment(films / 255, labels, generator, 0, maps, share, centres)
+    names = [CLASS_NAMES[label] for label in window_labels(labels, maps, known)]
+    whole = "the film reduced", block_means(films[:1], round(1 / share))[0, 0] / 255
+    return [whole, *((f"a window, {name}", film[0]) for name, film in zip(names, windows))]
 
 
 if __name__ == "__main__":
-    common.check_settings(settings, "02_dataset.py")
-    look_row = int(np.flatnonzero(dataset.all_labels != NORMAL)[0])
-    eight = torch.from_numpy(dataset.films[[look_row] * 8][:, None]) / 255
-    circles, _ = dataset.lesion_maps([look_row] * 8)
-    as_malignant = torch.full((8,), MALIGNANT)
-    look_generator = torch.Generator().manual_seed(settings.seed)
-    varied, carried = augment(eight, as_malignant, look_generator, settings.augment, circles)
-    figure, axes = plt.subplots(1, 9, figsize=(10, 2.6), layout="constrained")
-    shown = [(eight[0], circles[0]), *zip(varied, carried)]
-    for n, (axis, (film, lesion)) in enumerate(zip(axes, shown)):
-        extent = (-0.5, film.shape[2] - 0.5, film.shape[1] - 0.5, -0.5)
-        axis.imshow(film[0].numpy(), cmap="gray", vmin=0, vmax=1, extent=extent)
-        if lesion.max() > 0.5:
-            axis.contour(lesion.amax(0), [0.5], colors="#E69F00", extent=extent, origin="upper")
-        axis.set_title("original" if n == 0 else str(n), fontsize=9)
-        axis.axis("off")
-    figure.suptitle(f"Film {look_row} under eight augmentations, its circles carried along")
-    common.show(figure, dataset.prepared.folder / "figures" / "augmentation.png")
-
-
-# %% The sampler's effect: classes drawn in one epoch, with and without it
-# Drawn by chance, two of three films of an epoch are normal; by the sampler, each class is a third.
-# The price: each malignant film is seen twice an epoch.
-if __name__ == "__main__":
-    look_generator = torch.Generator().manual_seed(0)
-    drawn_labels = dataset.labels[list(balanced_sampler(dataset.labels, look_generator))]
-    epoch_mix = pd.DataFrame(
-        {"without": np.bincount(dataset.labels, minlength=3),
-         "with the sampler": np.bincount(drawn_labels, minlength=3)}, index=CLASS_NAMES,
-    )  # fmt: skip
-    common.table(epoch_mix, "films of an epoch")
-    tidy = epoch_mix.rename_axis("class").reset_index().melt("class", value_name="films")
-    figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
-    sns.barplot(data=tidy, x="class", y="films", hue="variable", palette=["#999999", "#009E73"])
-    axis.set(xlabel="", title=f"Films of an epoch, fold {look_fold} (n = {len(dataset)})")
-    axis.legend(title="")
-    common.show(figure, dataset.prepared.folder / "figures" / "sampler.png")
+    pictures = two_looks(dataset, shown_row)
+    title = f"{dataset.images[shown_row]}: {prepared.films.shape[1:]} px, looked at in two ways"
+    figure, axes = common.draw_films(pictures, title, size=(9, 4), white=1)
+    common.show(figure, prepared.folder / "figures" / "looks.png")
+    print(f"a step sees {tuple(pictures[0][1].shape)} px of the film, or as much of a window")

@@ -3,7 +3,7 @@
 In:  ImageNet weights (torchvision's download, a state dict of yours, or none).
 Out: build_model() and what belongs to it. Nothing is written but a figure.
 
-    python 03_model.py                          shows the layers and the output of one batch
+    python 03_model.py                          shows the layers and what the network says
     python 03_model.py --weights resnet18.pth   with a state dict that you have
 """
 
@@ -20,7 +20,6 @@ from typing import Literal, NamedTuple, Optional
 
 sys.path.insert(0, str(Path(globals().get("__file__", "cell")).resolve().parent))
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -36,7 +35,7 @@ data = importlib.import_module("02_dataset")
 
 # %% Settings: change a value and run the cells below again; each name is a command-line flag
 @dataclass
-class Settings:
+class Settings(common.ScriptSettings):
     """The network."""
 
     script = "03_model.py"
@@ -61,12 +60,18 @@ def new_head(features):
     return head
 
 
-# %% The network: torchvision's ResNet18, read as a map of what every place looks like
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    head = new_head(512)
+    rows = [f"{p:.2f}" for p in F.softmax(head(torch.randn(512)), 0).tolist()]
+    print(head, "says of features drawn at random:", rows)
+
+
+# %% The network, a map of places: torchvision's ResNet18, its stages and their shapes
 # plain: what most projects do, one label a film and the mean over the last stage (32 px a place).
 # lesion: places of 16 px, by a second head on the stage before (a skip connection as in FCN-16s,
 # Long, Shelhamer and Darrell, CVPR 2015); a film's logits are the mean over its strongest places,
-# and in training the radiologists' circles say where the lesions are. Its batch-norm statistics
-# stay as pretrained: those of eight films are noise.
+# and in training the radiologists' circles say where the lesions are.
 class MammogramNet(nn.Module):
     """ResNet18 whose head classifies every place; places are pooled to logits of the film.
 
@@ -74,8 +79,8 @@ class MammogramNet(nn.Module):
     """
 
     TOP = 4  # strongest places of each class, by their log-odds against normal
-    MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1)  # of ImageNet, torchvision's values
-                 for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))  # fmt: skip
+    MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)  # of ImageNet, torchvision's values
+    STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
     def __init__(self, recipe="lesion", dropout=0.2):
         super().__init__()
@@ -92,6 +97,10 @@ class MammogramNet(nn.Module):
         b = self.backbone
         stem = nn.Sequential(b.conv1, b.bn1, b.relu, b.maxpool)
         return [stem, b.layer1, b.layer2, b.layer3, b.layer4]
+
+    def head_parameters(self):
+        """Return the parameters that no ResNet18 has, those of the heads."""
+        return [p for name, p in self.named_parameters() if not name.startswith("backbone.")]
 
     def forward(self, films):
         """Classify films, float (B, 1, H, W), 0 (black) to 1.
@@ -130,9 +139,30 @@ class MammogramNet(nn.Module):
         return self
 
 
-# %% Weights of a file: a state dict, or an earlier run
-# A large database teaches what a small one cannot. A run remembers which films and patients it was
-# trained or chosen on, and those of the run that it began with, so that step 4 can refuse a leak.
+def numbers_in(parameters):
+    """Return how many numbers parameters hold."""
+    return sum(parameter.numel() for parameter in parameters)
+
+
+if __name__ == "__main__":
+    untrained = MammogramNet(settings.recipe, settings.dropout).eval()
+    part, columns = torch.zeros(1, 3, 512, 288), ["stage", "output", "parameters"]
+    title = ("stem", "layer1", "layer2", "layer3", "layer4")
+    with torch.no_grad():
+        row = [tuple(output.shape[1:]) for output in untrained(part[:, :1])]
+        rows = [("heads", f"{row[1]}, of the film {row[0]}", untrained.head_parameters())]
+        for name, stage in zip(title, untrained.stages()):
+            part = stage(part)
+            rows.insert(-1, (name, tuple(part.shape[1:]), stage.parameters()))
+    layers = pd.DataFrame(rows, columns=columns)
+    layers["parameters"] = layers["parameters"].map(numbers_in)
+    common.table(layers, f"{layers['parameters'].sum():,} parameters; outputs of 512 x 288 px")
+
+
+# %% The weights it begins with: torchvision's ImageNet weights, a file, a run, or a random start
+# Filters learned on a million photographs see edges and textures on films too; 322 films alone
+# teach none of it. A large database teaches more: a run remembers which films and patients it was
+# trained or chosen on, so that step 4 can refuse a leak. Nothing that is read can run code.
 class Weights(NamedTuple):
     """What a network begins with."""
 
@@ -155,15 +185,10 @@ def read_weights(name, fold=0):
         values = values[wrapper] if isinstance(values.get(wrapper), dict) else values
     state = {re.sub(r"^((module|model|backbone)\.)+", "", k): v for k, v in values.items()}
     broken = [k for k, v in state.items() if torch.is_tensor(v) and not torch.isfinite(v).all()]
-    if broken:
-        raise UserError(f"{path} holds NaN or infinite values ({common.listing(broken, 3)}); "
-                        "it cannot be trained on")  # fmt: skip
+    common.refuse(broken, f"{path} cannot be trained on, since it holds NaN or infinite values")
     return Weights(state, label, seen)
 
 
-# %% Weights: torchvision's ImageNet weights, a file, or a random start that says so
-# Filters learned on a million photographs see edges and textures on films too; 322 films alone
-# teach none of it. Nothing that is read can run code.
 def load_weights(weights, fold=0):
     """Return the Weights that the setting names; of a run, those of the fold if it has them."""
     weights = str(weights)
@@ -183,25 +208,20 @@ def load_weights(weights, fold=0):
     except (OSError, RuntimeError) as error:
         reason = str(getattr(error, "reason", error))
     if weights == "imagenet":
-        raise UserError(
-            f"the ImageNet weights could not be had from {chosen.url} ({reason}); name a file with "
-            "--weights FILE, or start at random with --weights none"
-        )
+        what = f"the ImageNet weights could not be had from {chosen.url} ({reason})"
+        raise UserError(f"{what}; name a file with --weights FILE, or try --weights none")
     common.banner(
-        f"NO IMAGENET WEIGHTS ({reason}).",
-        "Going on from a RANDOM START, which is much weaker on mammograms.",
+        f"NO IMAGENET WEIGHTS ({reason}): going on from a RANDOM START, much weaker on mammograms.",
         f"Download {chosen.url} elsewhere and name it with --weights FILE.",
     )
     return Weights(None, "none (random start)")
 
 
 def build_model(weights="auto", recipe="lesion", dropout=0.2, freeze=-1):
-    """Build the network; `weights` as in the settings, or what `load_weights` returned.
+    """Build the network, in training mode; return it and the name of its weights.
 
-    Returns the MammogramNet, in training mode, and the name of the weights.
+    `weights` is as in the settings, or what `load_weights` returned.
     """
-    if not 0 <= dropout < 1 or not -1 <= freeze <= 5:
-        raise UserError(f"dropout {dropout} (0 to below 1), freeze {freeze} (-1 to 5)")
     state, name, seen = weights if isinstance(weights, Weights) else load_weights(weights)
     model = MammogramNet(recipe, dropout)
     if state is not None:
@@ -215,28 +235,26 @@ def build_model(weights="auto", recipe="lesion", dropout=0.2, freeze=-1):
         except (RuntimeError, AttributeError) as error:  # other shapes, no tensors
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{name} is no resnet18 ({reason})") from None
-        if missing or unknown:
-            raise UserError(
-                f"{name} is no resnet18 state dict: {len(missing)} tensors are missing "
-                f"({common.listing(missing, 3)}), {len(unknown)} unknown "
-                f"({common.listing(unknown, 3)})"
-            )
-        model.keep_statistics = model.lesion
+        common.refuse(missing, f"{name} is no resnet18 state dict: tensors are missing")
+        common.refuse(unknown, f"{name} is no resnet18 state dict: tensors are unknown")
+        model.keep_statistics = model.lesion  # batch-norm statistics of eight films are noise
     return model.freeze((0 if state is None else 3) if freeze < 0 else freeze), name
 
 
 if __name__ == "__main__":
-    common.check_settings(settings, "03_model.py")
     torch.manual_seed(0)
-    model, weights_name = build_model(**vars(settings))
-    print(f"weights: {weights_name}; frozen stages: {model.frozen}")
+    part = settings.weights, settings.recipe, settings.dropout, settings.freeze
+    model, weights_name = build_model(*part)
+    part = numbers_in(p for p in model.parameters() if p.requires_grad)
+    print(f"weights: {weights_name}; {model.frozen} of 5 stages are frozen, {part:,} numbers learn")
 
 
-# %% Predict: logits of films, and where the network looked
+# %% What it says of four films, and where it looked: Grad-CAM and the map of places
 # Each film is read together with its top-to-bottom flip, which training showed too. Grad-CAM
 # (Selvaraju et al., ICCV 2017) weighs the channels of a stage with the mean gradient of a class's
 # logit; here of benign or malignant, whichever is likelier. The stage is the last one that all
-# places pass: layer4, or layer3 where the second head reads it.
+# places pass: layer4, or layer3 where the second head reads it. Before training it says nearly the
+# same of every film.
 class Reading(NamedTuple):
     """What a model says of n films, on the CPU, in the order of the dataset."""
 
@@ -272,6 +290,17 @@ def predict(model, dataset, batch_size=8, dtype=torch.float32, progress=None, ma
     return Reading(torch.cat(logits), *(torch.cat(part).numpy() for part in heat))
 
 
+def heat_maps(logits, places, stage):
+    """Return Grad-CAM and places of the likelier lesion class, mirror images turned back."""
+    lesion = torch.where(logits[:, MALIGNANT] > logits[:, BENIGN], MALIGNANT, BENIGN)
+    (gradient,) = torch.autograd.grad(logits.gather(1, lesion[:, None]).sum(), stage)
+    weight = gradient.float().mean((2, 3), keepdim=True)
+    cams = F.relu((weight * stage.detach().float()).sum(1))
+    against_normal = places[torch.arange(len(places)), lesion.repeat(2)] - places[:, NORMAL]
+    heat = [cams.chunk(2), against_normal.sigmoid().chunk(2)]
+    return [((film + mirrored.flip(1)) / 2).cpu() for film, mirrored in heat]
+
+
 def mean_reading(readings):
     """Average Readings with maps of the same films; Grad-CAMs count alike, 1 at their highest."""
     shape = max(reading.places.shape[1:] for reading in readings)
@@ -285,18 +314,26 @@ def mean_reading(readings):
     return Reading(logits, cams, mean([reading.places for reading in readings]))
 
 
-def heat_maps(logits, places, stage):
-    """Return Grad-CAM and places of the likelier lesion class, mirror images turned back."""
-    lesion = torch.where(logits[:, MALIGNANT] > logits[:, BENIGN], MALIGNANT, BENIGN)
-    (gradient,) = torch.autograd.grad(logits.gather(1, lesion[:, None]).sum(), stage)
-    weight = gradient.float().mean((2, 3), keepdim=True)
-    cams = F.relu((weight * stage.detach().float()).sum(1))
-    against_normal = places[torch.arange(len(places)), lesion.repeat(2)] - places[:, NORMAL]
-    heat = [cams.chunk(2), against_normal.sigmoid().chunk(2)]
-    return [((film + mirrored.flip(1)) / 2).cpu() for film, mirrored in heat]
+if __name__ == "__main__":
+    prepared = common.open_prepared()
+    rows = prepared.labels["patient"].isin(prepared.labels["patient"].unique()[:2])
+    four = data.MammogramDataset(prepared, np.flatnonzero(rows))
+    four = four.reduced(data.reduction(prepared.films))
+    four_read = predict(model, four, maps=True)
+    output = pd.DataFrame(F.softmax(four_read.logits, 1).numpy(), columns=[*CLASS_NAMES]).round(3)
+    output.insert(0, "label", [CLASS_NAMES[label] for label in four.labels])
+    common.table(output.set_axis(four.images[four.rows]), "what the network says as it is now")
+    pictures = [(four.images[row], prepared.films[row]) for row in four.rows]
+    title = "Four films; below them Grad-CAM, and places by how suspicious they are"
+    figure, axes = common.draw_films(3 * pictures, title, rows=3, size=(7, 9))
+    options = {"cmap": "inferno", "alpha": 0.5, "extent": (0, *prepared.films.shape[:0:-1], 0)}
+    for axis, part in zip(axes[len(pictures) :], [*four_read.cams, *four_read.places]):
+        axis.imshow(part, **options)
+    common.show(figure, prepared.folder / "figures" / "four-films.png")
+    print(common.DISCLAIMER)
 
 
-# %% The other breast
+# %% The other breast: a film is judged beside the same patient's other one
 # Breasts of one woman are alike, so that what both show is her tissue and what one shows is news:
 # a film's logits are raised by what they exceed the other's, times a weight. How much that says
 # depends on how films were collected, so validation films choose the weight.
@@ -315,10 +352,19 @@ def beside_other_breast(logits, films, weight=1.0):
     return torch.tensor((logits + weight * (logits - others)).fillna(logits).to_numpy())
 
 
-# %% Probabilities that mean what they say
+if __name__ == "__main__":
+    options = {"alone": four_read.logits}
+    options["beside"] = beside_other_breast(four_read.logits, four.table())
+    beside = four.table()[["image", "patient", "laterality"]].reset_index(drop=True)
+    for name, part in options.items():
+        beside[f"malignant - normal, {name}"] = (part[:, MALIGNANT] - part[:, NORMAL]).numpy()
+    common.table(beside.round(4), "logits of four films, alone and beside the other breast")
+
+
+# %% Probabilities that mean what they say: one film under three priors and temperatures
 # Training saw the classes equally often: Bayes' rule puts their frequency back in, and a
 # temperature chosen on validation films mends what is too sure (Guo, Pleiss, Sun and Weinberger,
-# ICML 2017).
+# ICML 2017). What a film is called favours rare classes, or nearly every film would be normal.
 def calibrated(logits, temperature, prior):
     """Return logits / temperature + log(prior), (n, 3); `prior` (3,): how frequent classes are."""
     return torch.as_tensor(logits) / temperature + prior.log()
@@ -334,8 +380,6 @@ def decide(probabilities, prior, tempering):
 
     0: the likeliest class, which is nearly always the commonest; 1: as if all were as common.
     """
-    if not 0 <= tempering <= 1:
-        raise UserError(f"--tempering {tempering}: expected 0 (the likeliest class) to 1")
     return (probabilities / np.asarray(prior) ** tempering).argmax(1)
 
 
@@ -364,49 +408,16 @@ def fit_calibration(logits, films, labels, prior):
     return weight, found[weight][1]
 
 
-# %% Look: the stages with their parameters and output shapes
-# The stem quarters the resolution, layer1 keeps it, layers 2 to 4 halve it and double the channels;
-# the deeper a stage, the more parameters. With three stages frozen, 94 % of them still learn.
-if __name__ == "__main__":
-    prepared = common.open_prepared()
-    look_films, look_labels, _ = data.MammogramDataset(prepared).__getitems__(range(4))
-    look_films = look_films.to(next(model.parameters()).device) / 255
-    rows, features = [], look_films[:1].expand(-1, 3, -1, -1)
-    stage_names = ["stem", "layer1", "layer2", "layer3", "layer4"]
-    model.eval()
-    with torch.no_grad():
-        for name, stage in zip(stage_names, model.stages()):
-            features = stage(features)
-            rows.append((name, tuple(features.shape[1:]), list(stage.parameters())))
-    heads = [p for n, p in model.named_parameters() if not n.startswith("backbone.")]
-    rows.append(("heads", (len(CLASS_NAMES),), heads))
-    layers = pd.DataFrame(rows, columns=["stage", "output", "parameters"])
-    tensors = layers.pop("parameters")
-    layers["parameters"] = [sum(p.numel() for p in part) for part in tensors]
-    layers["trained"] = [sum(p.numel() for p in part if p.requires_grad) for part in tensors]
-    common.table(layers, f"{layers['parameters'].sum():,} parameters")
+def worded(logits, prior, temperature):
+    """Return the probabilities of one film's logits (1, 3), and what it is called."""
+    prior = torch.tensor(prior) / sum(prior)
+    p = probabilities(logits, temperature, prior)
+    return temperature, *p[0].round(3), CLASS_NAMES[decide(p, prior, 0.33)[0]]
 
 
-# %% Look: what the network says of four films, and what two stages see on one of them
-# Before training it says nearly the same of every film. The early stages already see skin, muscle
-# and strands: that is what pretraining gives.
 if __name__ == "__main__":
-    model.eval()
-    shown_films = look_films.to(next(model.parameters()).device)
-    with torch.no_grad():
-        logits, places = (part.cpu() for part in model(shown_films))
-        early = model.stages()[0](shown_films[:1].expand(-1, 3, -1, -1))
-        late = model.stages()[2](model.stages()[1](early))
-    output = pd.DataFrame(F.softmax(logits, 1).numpy(), columns=[f"p_{c}" for c in CLASS_NAMES])
-    output.insert(0, "label", [CLASS_NAMES[label] for label in look_labels])
-    common.table(output.round(3), "what the network says as it is now")
-    print(f"logits {tuple(logits.shape)}, of places {tuple(places.shape)}. {common.DISCLAIMER}")
-    figure, axes = plt.subplots(1, 7, figsize=(10, 3.2), layout="constrained")
-    maps = [part.cpu() for part in (shown_films[0, 0], *early[0, :3], *late[0, :3])]
-    titles = ["film", *(f"stem {n}" for n in range(3)), *(f"layer2 {n}" for n in range(3))]
-    for axis, channel, title in zip(axes, maps, titles):
-        axis.imshow(channel.numpy(), cmap="gray")
-        axis.set_title(title, fontsize=9)
-        axis.axis("off")
-    figure.suptitle("A film, and three channels of two stages", fontsize=10)
-    common.show(figure, prepared.folder / "figures" / "stages.png")
+    options = {"equal": [1, 1, 1], "MIAS": [63, 207, 52], "screening": [20, 975, 5]}
+    part = torch.tensor([[0.5, -0.5, 1.0]])
+    rows = [(n, *worded(part, options[n], t)) for n in options for t in (0.5, 1.0, 2.0)]
+    columns = ["prior", "temperature", *CLASS_NAMES, "called, tempering 0.33"]
+    common.table(pd.DataFrame(rows, columns=columns), "the logits 0.5, -0.5, 1.0 as probabilities")

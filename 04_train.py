@@ -18,7 +18,7 @@ import importlib
 import itertools
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Tuple
 
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(globals().get("__file__", "cell")).resolve().parent)
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 import torch
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 from torch.nn import functional as F
@@ -36,7 +37,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import RandomSampler
 
 import common
-from common import CLASS_NAMES, LOOKS, MALIGNANT, NORMAL, UserError
+from common import CLASS_NAMES, MALIGNANT, NORMAL, UserError
 
 data = importlib.import_module("02_dataset")
 network = importlib.import_module("03_model")
@@ -69,163 +70,139 @@ class Settings(data.Settings, network.Settings, common.RunSettings):
     max_norm: float = 5.0  # gradients longer than this are shortened to it
 
 
-if __name__ == "__main__":
-    settings = common.command_line(Settings, __doc__)
+settings = common.command_line(Settings, __doc__)
 
 
-# %% Two looks: a network sees whole films, another windows of large ones as they are
-# Which films the two get wrong differs, so that their mean is better than either. Both see as many
-# pixels at a step; a window is a part of a film, and takes more epochs.
-def plans_of_looks(plan):
-    """Return the plan of each look."""
-    longer = {n: round(1.6 * getattr(plan, n)) for n in ("epochs", "lr_patience", "patience")}
-    return [replace(plan, looks=(look,), **(longer if look == "window" else {}))
-            for look in plan.looks]  # fmt: skip
-
-
-# %% The plan: settings with all values filled in or, on resuming, those that the run began with
-# A run goes on with the same films, labels and folds only. Settings of 0 are filled in by the kind
-# of start: with pretrained weights a network learns in fewer epochs, and gently below its head.
-MAY_CHANGE = ("fold", "run", "resume", "overwrite", "epochs", "patience", "device", "precision")
-
-
-def resumed(settings, prepared):
-    """Return the settings of the run that is gone on with, and its folder."""
-    folder = common.find_run(settings.run)
-    record = common.read_record(folder)
-    noted, now = record["data"], prepared.identity()
-    changed = [f"{n} {noted.get(n)} -> {now[n]}" for n in now if noted.get(n) != now[n]]
-    for field in fields(settings):
-        mine, old = getattr(settings, field.name), record.get(field.name, field.default)
-        old = tuple(old) if isinstance(old, list) else old  # JSON knows no tuples
-        if field.name not in MAY_CHANGE and mine not in (old, field.default):
-            changed.append(f"{field.name} {old} -> {mine}")
-        elif mine == field.default and field.name not in ("resume", "overwrite"):
-            settings = replace(settings, **{field.name: old})
-    if changed:
-        raise UserError(
-            f"the run {folder.name} cannot be resumed with other settings or data: "
-            f"{'; '.join(changed)}. Start a new run, or put them back"
-        )
-    return settings, folder
-
-
-def make_plan(settings, prepared, weights=None):
-    """Return the settings with all values filled in, and the folder of an old run or None."""
-    if settings.epochs < 0 or settings.batch_size < 1 or settings.lr <= 0:
-        raise UserError("batch size must be at least 1, epochs not negative, the rate above 0")
-    looks = settings.looks  # a list or a word may be typed in a cell
-    settings = replace(settings, looks=(looks,) if isinstance(looks, str) else tuple(looks))
-    settings, folder = resumed(settings, prepared) if settings.resume else (settings, None)
-    random_start = weights is None or weights.state is None
-    large = data.reduction(prepared.films) > 1 and settings.recipe == "lesion"
-    looks = tuple(dict.fromkeys(settings.looks))
-    if looks == ("auto",):
-        circled = prepared.findings.dropna(subset=["canvas_radius"])["image"].nunique()
-        most = circled > (prepared.labels["label"] != NORMAL).sum() / 2
-        looks = LOOKS if large and most else LOOKS[:1]
-    if not looks or not set(looks) <= set(LOOKS) or "window" in looks and not large:
-        raise UserError(
-            f"--looks {' '.join(looks)}: expected whole or window, or both; windows need a canvas "
-            f"of {2 * data.ROWS} rows or more (step 1, --size 1024x576) and the recipe lesion"
-        )
-    epochs = settings.epochs or (20 if random_start else 10)
-    plan = replace(
-        settings,
-        epochs=epochs,
-        looks=looks,
-        lr_patience=settings.lr_patience or max(epochs // 3, 1),
-        patience=settings.patience or max(epochs // 2, 1),
-        backbone_lr=settings.lr if random_start else settings.backbone_lr,
-    )
-    return plan, folder
-
-
-# %% The films of the first fold
+# %% The films of the first fold: what trains, and what chooses
 # No test film is trained or chosen on. Under torchrun several folds are dealt out to the
-# processes; a single one is trained by all of them together.
-def seen_by(look, datasets):
-    """Return Datasets as a look has them."""
-    return [d.reduced(data.reduction(d.films) if look == "whole" else 1) for d in datasets]
+# processes; a single one is trained by all of them together. With settings.resume the settings of
+# the run that goes on take the place of those that were left at their defaults.
+def fold_films(prepared, fold, settings):
+    """Return the training and the validation films of a fold, two MammogramDatasets."""
+    parts = data.fold_parts(prepared, fold, settings.validation, settings.train_share)
+    shuffle = settings.shuffle_labels
+    labels = data.shuffled_labels(prepared.labels, settings.seed) if shuffle else None
+    return [data.MammogramDataset(prepared, parts[n], labels) for n in ("train", "validation")]
 
 
-def fold_films(prepared, fold, plan):
-    """Return the training and the validation films of a fold, as the plan's first look has them."""
-    parts = data.fold_parts(prepared, fold, plan.validation, plan.train_share)
-    labels = data.shuffled_labels(prepared.labels, plan.seed) if plan.shuffle_labels else None
-    films = [data.MammogramDataset(prepared, parts[n], labels) for n in ("train", "validation")]
-    return seen_by(plan.looks[0], films)
+prepared = common.open_prepared(settings.source)
+settings = common.taken_up(settings, prepared)
+all_folds = data.named_folds(settings.fold, prepared.splits)
+rank, count = common.processes()
+dealt = count > 1 and len(all_folds) > 1
+folds = all_folds[rank::count] if dealt else all_folds
+first_fold = (folds or all_folds)[0]
+train_films, validation_films = fold_films(prepared, first_fold, settings)
+FILMS_BY = ("source", "fold", "validation", "train_share", "shuffle_labels", "seed")
+record = {name: getattr(settings, name) for name in FILMS_BY}
+part = {"train": train_films.labels, "validation": validation_films.labels}
+part = {name: np.bincount(labels, minlength=3) for name, labels in part.items()}
+title = f"films of fold {first_fold}; folds to train: {common.listing(all_folds)}"
+common.table(pd.DataFrame(part, index=CLASS_NAMES), title)
 
 
-if __name__ == "__main__":
-    common.check_settings(settings, "04_train.py")
-    prepared = common.open_prepared(settings.source)
-    plan, old_run = make_plan(settings, prepared)
-    all_folds = data.named_folds(plan.fold, prepared.splits)
-    rank, count = common.processes()
-    dealt = count > 1 and len(all_folds) > 1
-    folds = all_folds[rank::count] if dealt else all_folds
-    train_films, validation_films = fold_films(prepared, (folds or all_folds)[0], plan)
-    chosen_by = ("source", "fold", "validation", "train_share", "shuffle_labels")
-    films_for = {name: getattr(plan, name) for name in chosen_by}
-    print(f"folds {common.listing(all_folds)}; in the first {len(train_films)} films train and "
-          f"{len(validation_films)} validate")  # fmt: skip
-
-
-# %% The network and its optimiser: what stands here after the cell is what is trained first
-# The new head learns at its own rate, ten times that of the pretrained stages. The networks of the
-# other look and of later folds are made by the same function.
+# %% The network, its optimiser, and how long each look may train
+# What stands here after the cell is what is trained first: change `model` or `optimizer`, or epochs
+# and patience in `schedule`. The new head learns at its own rate, ten times that of the pretrained
+# stages. The networks of the other look and of later folds are made by the same function.
 def marks(prepared):
     """Return by what each film is known again, and its patient, a DataFrame of text."""
     patients = prepared.source + "/" + prepared.labels["patient"]
     return pd.DataFrame({"films": prepared.table["digest"], "patients": patients})
 
 
-def weights_for(plan, fold, prepared):
+def weights_for(settings, fold, prepared):
     """Load what a fold begins with; refused if it saw a test film or patient of the fold."""
-    weights = network.load_weights(plan.weights, fold)
+    weights = network.load_weights(settings.weights, fold)
     test = prepared.splits["fold"] == fold
     known = test & marks(prepared).isin(weights.seen).any(axis=1)
-    if known.any():
-        raise UserError(
-            f"--weights {plan.weights}: {weights.name} was trained or chosen on "
-            f"{known.sum()} of the {test.sum()} test films of fold {fold}, or on their "
-            f"patients ({common.listing(prepared.labels['image'][known], 3)}); it would "
-            "know the answers. Take a run on other patients, or one with the same folds"
-        )
+    what = f"--weights {settings.weights}: {weights.name} was trained or chosen on {known.sum()}"
+    what += f" of the {test.sum()} test films of fold {fold}, or on their patients, and would know"
+    hint = "take a run on other patients, or one with the same folds"
+    common.refuse(prepared.labels["image"][known], f"{what} the answers; {hint}. Known are")
     return weights
 
 
-def network_and_optimizer(plan, weights):
+def network_and_optimizer(settings, weights, lr_patience):
     """Return the model, the optimiser and the scheduler that a fold begins with."""
-    device = common.choose_device(plan.device)
-    torch.manual_seed(plan.seed)
-    model, _ = network.build_model(weights, plan.recipe, plan.dropout, plan.freeze)
+    device = common.choose_device(settings.device)
+    torch.manual_seed(settings.seed)
+    model, _ = network.build_model(weights, settings.recipe, settings.dropout, settings.freeze)
     model = model.to(device, memory_format=torch.channels_last)
     backbone = [p for p in model.backbone.parameters() if p.requires_grad]
-    head = [p for n, p in model.named_parameters() if not n.startswith("backbone.")]
-    groups = [{"params": head, "lr": plan.lr}, {"params": backbone, "lr": plan.backbone_lr}]
+    head = model.head_parameters()
+    slower = settings.lr if weights.state is None else settings.backbone_lr
+    groups = [{"params": head, "lr": settings.lr}, {"params": backbone, "lr": slower}]
     fused = device.type in ("cpu", "cuda")  # one pass over the weights in place of many
-    optimizer = torch.optim.AdamW(groups, weight_decay=plan.weight_decay, fused=fused)
-    scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=plan.lr_patience - 1)
-    return model, optimizer, scheduler
+    optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=fused)
+    return model, optimizer, ReduceLROnPlateau(optimizer, factor=0.5, patience=int(lr_patience) - 1)
 
 
-if __name__ == "__main__":
-    common.check_settings(settings, "04_train.py")
-    with common.first_process_first():
-        weights = weights_for(plan, (folds or all_folds)[0], train_films.prepared)
-    plan, old_run = make_plan(settings, train_films.prepared, weights)
-    model, optimizer, scheduler = network_and_optimizer(plans_of_looks(plan)[0], weights)
-    made_for, beginning = plan, None  # nothing is trained yet
-    trained_count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    most = ", ".join(f"{p.epochs} of the look {p.looks[0]}" for p in plans_of_looks(plan))
-    print(f"weights: {weights.name}; {trained_count:,} parameters learn, epochs at most: {most}")
+def precision_of(model, settings):
+    """Return the dtype in which a network computes on its device."""
+    return common.choose_precision(settings.precision, next(model.parameters()).device)
 
 
-# %% The loss: of the film, and of every place where a radiologist's circle says what is there
+def described(model, weights, settings):
+    """Return what settings.json notes of a network."""
+    device, dtype = next(model.parameters()).device, precision_of(model, settings)
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    facts = {"weights_used": weights.name, "frozen_stages": model.frozen}
+    facts.update(parameters_trained=learning, device_used=str(device))
+    return {**facts, "precision_used": str(dtype)[6:]}
+
+
+def filled_in(settings, prepared, weights):
+    """Return all settings as a dict, those filled in that were left to the kind of start.
+
+    With pretrained weights a network learns in fewer epochs, and gently below its head.
+    """
+    looks = [settings.looks] if isinstance(settings.looks, str) else [*settings.looks]
+    large = data.reduction(prepared.films) > 1 and settings.recipe == "lesion"
+    if looks == ["auto"]:
+        circled = prepared.findings.dropna(subset=["canvas_radius"])["image"].nunique()
+        most = circled > (prepared.labels["label"] != NORMAL).sum() / 2
+        looks = [*common.LOOKS] if large and most else [common.LOOKS[0]]
+    if not looks or not set(looks) <= set(common.LOOKS) or "window" in looks and not large:
+        need = f"windows need a canvas of {2 * data.ROWS} rows or more (step 1, --size 1024x576)"
+        expected = f"whole or window, or both; {need} and the recipe lesion"
+        raise UserError(f"--looks {' '.join(looks)}: expected {expected}")
+    values, pretrained = asdict(settings), weights.state is not None
+    epochs = settings.epochs or (10 if pretrained else 20)
+    values.update(epochs=epochs, looks=list(dict.fromkeys(looks)))
+    values["lr_patience"] = settings.lr_patience or max(epochs // 3, 1)
+    values["patience"] = settings.patience or max(epochs // 2, 1)
+    values["backbone_lr"] = settings.backbone_lr if pretrained else settings.lr
+    return values
+
+
+WAITS = ["epochs", "lr_patience", "patience"]
+
+
+def schedule_of(values):
+    """Return WAITS of each look: a window is a part of a film, and takes 1.6 times as long."""
+    longer = [1.6 if look == "window" else 1.0 for look in values["looks"]]
+    rows = [[round(times * values[name]) for name in WAITS] for times in longer]
+    return pd.DataFrame(rows, index=values["looks"], columns=WAITS)
+
+
+with common.first_process_first():
+    weights = weights_for(settings, first_fold, train_films.prepared)
+values = filled_in(settings, train_films.prepared, weights)
+schedule = schedule_of(values)
+first_look, part = schedule.index[0], schedule["lr_patience"].iloc[0]
+model, optimizer, scheduler = network_and_optimizer(settings, weights, part)
+part = {**values, **{name: record[name] for name in FILMS_BY}}
+record = {**common.record_of(part, train_films.prepared), **described(model, weights, settings)}
+print(f"weights: {weights.name}; {record['parameters_trained']:,} parameters learn")
+common.table(schedule, "how many epochs at most, and how many without a better loss")
+
+
+# %% One batch: films in, loss out
 # A film's label says that there is a lesion, a circle says where. One film has hundreds of places
-# and few in a circle, so that those inside and those outside count half each.
+# and few in a circle, so that those inside and those outside count half each. Here in evaluation
+# mode, so that looking changes nothing of what is trained: three equally likely classes would give
+# ln 3 = 1.10 for the films, and as much again for the places.
 def lesion_loss(places, circles, known):
     """Cross-entropy of every place with what the circles say about it.
 
@@ -252,119 +229,160 @@ def lesion_loss(places, circles, known):
     return 0.5 * sum((loss * part).sum() / part.sum().clamp(min=1) for part in (inside, outside))
 
 
-# %% The loss of a batch: varied films, their labels and their circles
-# The films go to the device as bytes and are varied there, all at once; the circles are carried
-# along. Both losses are added: cross-entropy of the films, and of their places.
-def batch_loss(model, batch, dataset, plan, generator):
+def seen_by(look, dataset):
+    """Return a MammogramDataset as a look has it: whole films of large canvases are reduced."""
+    return dataset.reduced(data.reduction(dataset.films) if look == "whole" else 1)
+
+
+def batch_loss(model, batch, dataset, look, settings, generator):
     """Augment a batch (films, labels, rows); return its loss and which films were right (B,)."""
     films, labels, rows = batch
     device, circles, centres = next(model.parameters()).device, None, None
     films = films.to(device).float().div_(255)  # in place: large films take a while
     # Circles of true labels would give shuffled ones away; own films may have none.
-    if plan.recipe == "lesion" and dataset.circles and not plan.shuffle_labels:
+    if settings.recipe == "lesion" and dataset.circles and not settings.shuffle_labels:
         circles, known = (part.to(device) for part in dataset.lesion_maps(rows))
-    window = 1 / data.reduction(dataset.films) if plan.looks[0] == "window" else 1.0
+    window = 1 / data.reduction(dataset.films) if look == "window" else 1.0
     if window < 1:
         centres = data.window_centres(dataset, rows, window, generator)
-    films, circles = data.augment(films, labels, generator, plan.augment, circles, window, centres)
+    strength = settings.augment
+    films, circles = data.augment(films, labels, generator, strength, circles, window, centres)
     if centres is not None and circles is not None:
         labels = data.window_labels(labels, circles, known)
-    dtype = common.choose_precision(plan.precision, device)
+    dtype = precision_of(model, settings)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         logits, places = model(films)
-    weight = data.class_weights(dataset.labels).to(device) if plan.balance == "loss" else None
-    loss = F.cross_entropy(
-        logits.float(), labels.to(device), weight, label_smoothing=plan.label_smoothing
-    )
+    weight = data.class_weights(dataset.labels).to(device) if settings.balance == "loss" else None
+    smoothing = settings.label_smoothing
+    loss = F.cross_entropy(logits.float(), labels.to(device), weight, label_smoothing=smoothing)
     if circles is not None:
-        loss = loss + plan.lesion_weight * lesion_loss(places, circles, known)
+        loss = loss + settings.lesion_weight * lesion_loss(places, circles, known)
     return loss, logits.detach().argmax(1).cpu() == labels
 
 
-# %% Out of memory: name a smaller --batch-size
-# On a GPU the films, their maps and all layers' outputs for the gradient have to fit at once.
 @contextlib.contextmanager
-def enough_memory(plan):
-    """Put a lack of memory into words."""
+def enough_memory(batch_size):
+    """Put a lack of memory into words; films, maps and outputs of layers have to fit at once."""
     try:
         yield
     except RuntimeError as error:
         text = str(error).lower()
         if not any(t in text for t in ("out of memory", "allocate memory", "not enough memory")):
             raise
-        smaller = max(plan.batch_size // 2, 1)
-        raise UserError(f"the device ran out of memory; try --batch-size {smaller}") from None
+        raise UserError(f"out of memory; try --batch-size {max(batch_size // 2, 1)}") from None
 
 
-# %% One batch: films in, loss out
-# In evaluation mode, so that looking changes nothing of what is trained. Three equally likely
-# classes would give ln 3 = 1.10 for the films, and as much again for the places.
-if __name__ == "__main__":
-    batch_generator = torch.Generator().manual_seed(plan.seed)
-    batch_sampler = data.balanced_sampler(train_films.labels, batch_generator)
-    first_batch = next(iter(data.batches(train_films, plan.batch_size, batch_sampler)))
-    with torch.no_grad(), enough_memory(plan):
-        first_loss, _ = batch_loss(model.eval(), first_batch, train_films, plan, batch_generator)
-    print(f"a batch {tuple(first_batch[0].shape)} before training: loss {first_loss.item():.3f}")
+generator = torch.Generator().manual_seed(settings.seed)
+sampler = data.balanced_sampler(train_films.labels, generator)
+part = seen_by(first_look, train_films)
+batch = next(iter(data.batches(part, settings.batch_size, sampler)))
+with torch.no_grad(), enough_memory(settings.batch_size):
+    rows = batch_loss(model.eval(), batch, part, first_look, settings, generator)
+print(f"a batch {tuple(batch[0].shape)} before training: loss {rows[0].item():.3f}")
 
 
-# %% The state of a fold: all that changes while it trains, so that it can be saved and taken up
+# %% What an untrained network scores: chance, and that is where training begins
+# Films are judged beside the other breast, as they are in the end: that one's weight and the
+# temperature are fitted on the validation films, and their loss with these chooses the epoch. It
+# judges how well films are ranked, not how loud the logits are.
+def prior_of(labels, balance):
+    """Return how frequent the classes are, float32 (3,); alike if training saw them as they are."""
+    counts = torch.bincount(labels, minlength=3).clamp(min=0.5)
+    return counts / counts.sum() if balance != "none" else torch.ones(3)
+
+
+def judge(logits, films, prior):
+    """Return the metrics of validation films (a MammogramDataset) with logits (n, 3)."""
+    labels, table = films.labels, films.table()
+    weight, temperature = network.fit_calibration(logits, table, labels, prior)
+    judged = network.beside_other_breast(logits, table, weight)
+    judged = network.calibrated(judged, temperature, prior)
+    predicted = judged.argmax(1)
+    recall = recall_score(labels == MALIGNANT, predicted == MALIGNANT, zero_division=0)
+    return {
+        "val_loss": F.cross_entropy(judged, labels).item(),
+        "val_accuracy": accuracy_score(labels, predicted),
+        "val_macro_f1": f1_score(labels, predicted, average="macro", zero_division=0),
+        "val_malignant_recall": recall,
+    }
+
+
+def no_number(loss, state, where):
+    """Return the UserError of a loss that is no finite number."""
+    what = f"the loss became {loss} in epoch {state.progress['epoch'] + 1} {where}"
+    return UserError(f"{what}; the last good checkpoint is kept. Try a lower --lr")
+
+
+def validate(state):
+    """Return the logits of the validation films, of the averaged weights, and their metrics."""
+    films = state.validation_films
+    rows = films.rows[state.rank :: state.count]
+    share = data.MammogramDataset(films.prepared, rows, reduce=films.reduce)
+    for buffer in state.average.buffers() if state.count > 1 else ():
+        torch.distributed.broadcast(buffer, 0)  # batch-norm statistics are each process's own
+    dtype = precision_of(state.model, state.settings)
+    read = network.predict(state.average.module, share, state.settings.batch_size, dtype).logits
+    logits = torch.empty(len(films), len(CLASS_NAMES))
+    for number, part in enumerate(common.collect(read) if state.count > 1 else [read]):
+        logits[number :: state.count] = part
+    metrics = judge(logits, films, state.prior)
+    if not np.isfinite(metrics["val_loss"]):
+        raise no_number(metrics["val_loss"], state, "on the validation films")
+    return logits, metrics
+
+
+part = validation_films.rows[:64], validation_films.all_labels.numpy()
+part = seen_by(first_look, data.MammogramDataset(train_films.prepared, *part))
+with enough_memory(settings.batch_size):
+    rows = network.predict(model, part, settings.batch_size, precision_of(model, settings)).logits
+rows = judge(rows, part, prior_of(train_films.labels, settings.balance))
+title = f"{len(part)} validation films"
+common.table(pd.Series(rows).round(3).to_frame("untrained"), title)
+
+
+# %% A fold's state: all that changes while it trains, so that it can be saved and taken up
 # Single weights are noisy at 25 steps an epoch; their average over the last steps is not. The
-# average is what is validated and kept.
+# average is what is validated and kept: best.pt has all that it takes to judge a film, last.pt all
+# that it takes to go on, bit for bit.
 class FoldState:
-    """A fold in training with one look; `rank` of `count` processes that train it together."""
+    """A fold in training with one look; `rank` of `count` processes that train it together.
+
+    `waits` has WAITS; `films` are the training and the validation films, `parts` what
+    `network_and_optimizer` returns.
+    """
 
     PARTS = ("model", "average", "optimizer", "scheduler")  # what has a state dict
 
-    def __init__(self, fold, plan, films, parts, rank=0, count=1):
-        self.fold, self.plan, self.rank, self.count = fold, plan, rank, count
-        (self.look,) = plan.looks
-        self.name = common.fold_name(fold, self.look)
-        self.train_films, self.validation_films = films
+    def __init__(self, fold, look, settings, waits, films, parts, rank=0, count=1):
+        self.fold, self.look, self.settings, self.waits = fold, look, settings, waits
+        self.rank, self.count, self.seen_before = rank, count, {}
+        self.name, self.saved = common.fold_name(fold, look), 0  # the epoch of last.pt
+        self.train_films, self.validation_films = (seen_by(look, part) for part in films)
         self.model, self.optimizer, self.scheduler = parts
         self.scheduler.optimizer = self.optimizer  # one put in the place of ours, too
         self.scheduler.min_lrs = [0.0] * len(self.optimizer.param_groups)
         if count > len(self.validation_films):
             raise UserError("more processes than validation films; start fewer")
-        self.saved = 0  # the epoch of last.pt
-        self.inherited = {}  # films and patients that the weights saw before
         stepped = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         if not stepped <= set(map(id, self.model.parameters())):
-            raise UserError("run the cell 'The network and its optimiser' first: the optimiser "
-                            "holds the weights of another model")  # fmt: skip
-        torch.manual_seed(plan.seed)  # dropout; each fold begins alike, alone or after others
-        self.generator = torch.Generator().manual_seed(plan.seed)
-        if plan.balance == "sampler":
+            cell = "run the cell 'The network, its optimiser' first"
+            raise UserError(f"{cell}: `optimizer` holds the weights of another model")
+        torch.manual_seed(settings.seed)  # dropout; each fold begins alike, alone or after others
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        if settings.balance == "sampler":
             self.sampler = data.balanced_sampler(self.train_films.labels, self.generator)
         else:
             self.sampler = RandomSampler(self.train_films, generator=self.generator)
-        counts = torch.bincount(self.train_films.labels, minlength=3).clamp(min=0.5)
-        self.prior = counts / counts.sum() if plan.balance != "none" else torch.ones(3)
-        blend = get_ema_multi_avg_fn(plan.ema)
+        self.prior = prior_of(self.train_films.labels, settings.balance)
+        blend = get_ema_multi_avg_fn(settings.ema)
         self.average = AveragedModel(self.model, multi_avg_fn=blend, use_buffers=True)
         self.network = DistributedDataParallel(self.model) if count > 1 else self.model
         self.progress = {"epoch": 0, "best_loss": float("inf"), "best_epoch": 0, "history": []}
 
-    def state_dict(self):
-        """Return all that a resumed run needs, as tensors and plain values."""
-        states = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        generators = {"generator": self.generator.get_state(), "torch": torch.get_rng_state()}
-        return {**states, **generators, **self.progress}
-
-    def load_state_dict(self, state):
-        """Take up a state that `state_dict` gave."""
-        for name in self.PARTS:
-            getattr(self, name).load_state_dict(state[name])
-        self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch"])
-        self.progress = {name: state[name] for name in self.progress}
-        self.saved = self.progress["epoch"]
-
-    def seen(self):
-        """Return the digests and patients that the weights were trained or chosen on."""
-        rows = np.concatenate([self.train_films.rows, self.validation_films.rows])
-        own = marks(self.train_films.prepared).iloc[rows]
-        return {n: sorted({*own[n], *self.inherited.get(n, ())}) for n in own}
+    def finished(self):
+        """Tell whether all epochs are done, or the best one lies too far back."""
+        waited = self.progress["epoch"] - self.progress["best_epoch"]
+        return self.progress["epoch"] >= self.waits["epochs"] or waited >= self.waits["patience"]
 
     def take_note(self, row):
         """Add an epoch's row of history.csv; return whether it is the best so far."""
@@ -375,54 +393,91 @@ class FoldState:
             self.progress.update(best_loss=row["val_loss"], best_epoch=row["epoch"])
         return better
 
-    def finished(self):
-        """Tell whether all epochs are done, or the best one lies too far back."""
-        waited = self.progress["epoch"] - self.progress["best_epoch"]
-        return self.progress["epoch"] >= self.plan.epochs or waited >= self.plan.patience
+    def save(self, folder, record, logits=None):
+        """Save the last state and, if it is the best so far, the logits of validation films."""
+        if logits is not None:
+            films, train = self.validation_films, self.train_films
+            validation = films.table()[["image", "patient", "laterality"]].to_dict("list")
+            own = marks(train.prepared).iloc[[*train.rows, *films.rows]]
+            values = {"model": self.average.module.state_dict(), "prior": self.prior}
+            values["validation"] = {**validation, "logits": logits, "labels": films.labels}
+            values["seen"] = {n: sorted({*own[n], *self.seen_before.get(n, ())}) for n in own}
+            values.update(reduce=films.reduce, epoch=self.progress["epoch"], fold=self.fold)
+            values["record"] = record
+            common.save_checkpoint(values, folder / self.name / "best.pt")
+        states = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        generators = {"generator": self.generator.get_state(), "torch": torch.get_rng_state()}
+        last = {**states, **generators, **self.progress, "record": record}
+        common.save_checkpoint(last, folder / self.name / "last.pt")
+        self.saved = self.progress["epoch"]
+        common.write_history(self.progress["history"], folder / self.name)
+
+    def take_up(self, folder):
+        """Go on from last.pt, if the run does; name what is still good if it is damaged."""
+        target = folder / self.name
+        if not self.settings.resume:
+            return
+        try:
+            if (target / "last.pt").is_file():
+                state = common.read_checkpoint(target / "last.pt")
+                for name in self.PARTS:
+                    getattr(self, name).load_state_dict(state[name])
+                self.generator.set_state(state["generator"])
+                torch.set_rng_state(state["torch"])
+                self.progress = {name: state[name] for name in self.progress}
+        except (UserError, KeyError, ValueError, RuntimeError) as error:
+            best = target / "best.pt"
+            offer = f" {best} is still there and can be evaluated." if best.is_file() else ""
+            raise UserError(f"{error}.{offer} To train this fold anew, delete {target}") from None
+        self.saved = self.progress["epoch"]
+        if self.count > 1:
+            common.collect(None)  # all have read it before one writes
+        if self.rank == 0:
+            common.write_history(self.progress["history"], target)  # a kill may have come before
 
 
-# %% The batches of an epoch; of several processes each takes its share of every batch
-# All processes draw the same order from the same seed, and each takes every n-th film of it, so
-# that they see together what one process would see in batches n times as large.
+part = (train_films, validation_films), copy.deepcopy((model, optimizer, scheduler))
+state = FoldState(first_fold, first_look, settings, schedule.loc[first_look], *part)
+rows = {name: len(getattr(state, name).state_dict()) for name in state.PARTS}
+common.table(pd.Series(rows).to_frame("entries"), f"{state.name}: what last.pt keeps of it")
+
+
+# %% An epoch: batch, augment, forward, backward, step; then the validation films
+# The usual five lines, and the averaged weights. A loss that is not a number ends the training with
+# the films' names, before it can reach a checkpoint. Several processes draw the same order from the
+# same seed, and each takes every n-th film of it, so that they see together what one would see in
+# batches n times as large.
 def epoch_batches(state):
     """Return a DataLoader; all processes must take part in every step."""
-    size = state.plan.batch_size
+    size = state.settings.batch_size
     if state.count == 1:
         return data.batches(state.train_films, size, state.sampler)
     order = list(state.sampler)
     whole = len(order) // (size * state.count) * size * state.count
     if not whole:
-        raise UserError(
-            f"{len(order)} training films do not fill one batch of {state.count} processes; "
-            "start fewer, or use a smaller --batch-size"
-        )
+        what = f"{len(order)} training films do not fill one batch of {state.count} processes"
+        raise UserError(f"{what}; start fewer, or use a smaller --batch-size")
     return data.batches(state.train_films, size, order[:whole][state.rank :: state.count])
 
 
-# %% An epoch: batch, augment, forward, backward, step
-# The usual five lines, and the averaged weights. A loss that is not a number ends the training with
-# the films' names, before it can reach a checkpoint.
 def train_epoch(state, progress):
     """Train on every batch of an epoch; return the mean loss and the accuracy."""
     state.model.train()
     total = hits = count = 0
     for batch in epoch_batches(state):
-        rows = batch[2]
-        loss, right = batch_loss(
-            state.network, batch, state.train_films, state.plan, state.generator
-        )
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss.item()} in epoch {state.progress['epoch'] + 1} at the "
-                f"films {common.listing(state.train_films.images[rows])}; the last good checkpoint "
-                "is kept. Try a lower --lr"
-            )
+        films, rows = state.train_films, batch[2]
+        chosen, rng = state.settings, state.generator
+        loss, right = batch_loss(state.network, batch, films, state.look, chosen, rng)
+        value = loss.item()
+        if not np.isfinite(value):
+            names = common.listing(films.images[rows])
+            raise no_number(value, state, f"at the films {names}")
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(state.model.parameters(), state.plan.max_norm)
+        torch.nn.utils.clip_grad_norm_(state.model.parameters(), state.settings.max_norm)
         state.optimizer.step()
         state.average.update_parameters(state.model)
-        total += loss.item() * len(rows)
+        total += value * len(rows)
         hits += right.sum().item()
         count += len(rows)
         progress.step(len(rows) * state.count, f"loss {total / count:.3f}")
@@ -431,308 +486,109 @@ def train_epoch(state, progress):
     return total / count, hits / count
 
 
-# %% Validation: films judged beside the other breast, as they are in the end
-# The other breast's weight and the temperature are fitted on the validation films, and their loss
-# with these chooses the epoch: it judges how well films are ranked, not how loud the logits are.
-def validate(state):
-    """Return the logits of the validation films, and metrics."""
-    films = state.validation_films
-    rows = films.rows[state.rank :: state.count]
-    share = data.MammogramDataset(films.prepared, rows, reduce=films.reduce)
-    for buffer in state.average.buffers() if state.count > 1 else ():
-        torch.distributed.broadcast(buffer, 0)  # batch-norm statistics are each process's own
-    dtype = common.choose_precision(state.plan.precision, next(state.model.parameters()).device)
-    read = network.predict(state.average.module, share, state.plan.batch_size, dtype).logits
-    logits = torch.empty(len(films), len(CLASS_NAMES))
-    for number, part in enumerate(common.collect(read) if state.count > 1 else [read]):
-        logits[number :: state.count] = part
-    labels, table = films.labels, films.table()
-    weight, temperature = network.fit_calibration(logits, table, labels, state.prior)
-    judged = network.beside_other_breast(logits, table, weight)
-    judged = network.calibrated(judged, temperature, state.prior)
-    predicted = judged.argmax(1)
-    recall = recall_score(labels == MALIGNANT, predicted == MALIGNANT, zero_division=0)
-    metrics = {
-        "val_loss": F.cross_entropy(judged, labels).item(),
-        "val_accuracy": accuracy_score(labels, predicted),
-        "val_macro_f1": f1_score(labels, predicted, average="macro", zero_division=0),
-        "val_malignant_recall": recall,
-    }
-    if not np.isfinite(metrics["val_loss"]):
-        raise UserError(
-            f"the validation loss became {metrics['val_loss']} in epoch "
-            f"{state.progress['epoch'] + 1}; the last good checkpoint is kept. Try a lower --lr"
-        )
-    return logits, metrics
+def train_fold(state, folder, record):
+    """Train a fold until it is finished or stopped; return whether it is finished."""
+    films, words = len(state.train_films), state.name.replace("-", " ")
+    with contextlib.suppress(KeyboardInterrupt), enough_memory(state.settings.batch_size):
+        while not state.finished():
+            start, lr = time.perf_counter(), state.optimizer.param_groups[0]["lr"]
+            epoch = state.progress["epoch"] + 1
+            bar = common.Progress(films, f"{words} epoch {epoch}")
+            loss, accuracy = train_epoch(state, bar)
+            speed = films / (time.perf_counter() - start)
+            logits, validation = validate(state)
+            state.scheduler.step(validation["val_loss"])
+            row = {"fold": state.fold, "epoch": epoch, "lr": lr}
+            row.update(train_loss=loss, train_accuracy=accuracy, **validation)
+            row["seconds"] = time.perf_counter() - start
+            row.update(films_per_second=speed, look=state.look)
+            better = state.take_note(row)
+            if state.rank == 0:
+                state.save(folder, record, logits if better else None)
+                bar.close(common.history_line(row, state.waits["epochs"], better))
+        return True  # the stop button leads past this line
+    saved = f"the state of epoch {state.saved} is saved" if state.saved else "no state is saved yet"
+    print(f"\nstopped; {saved}")
+    return False
 
 
-# %% Checkpoints: the best epoch for judging, the last one for going on
-# Tensors and plain values only; each file is written whole or not at all. best.pt has all that it
-# takes to judge a film: weights, class frequencies, and validation logits to calibrate it by.
-HISTORY = [
-    "fold", "epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy",
-    "val_macro_f1", "val_malignant_recall", "seconds", "films_per_second", "look",
-]  # fmt: skip
+print(
+    f"an epoch: {len(epoch_batches(state))} batches, then {len(validation_films)} films validated"
+)
+
+# %% Train: every fold of settings.fold, with each look
+# Stop it whenever you like: `trained_model` (the averaged weights of the first fold's best epoch),
+# `history` and the checkpoints are there, and this cell goes on after settings.resume = True. It
+# trains copies of `model`, `optimizer` and `scheduler`: run again, it begins a new run from the
+# same beginning.
+FREE = ("run", "resume", "overwrite", *WAITS)  # may change since the network was made
+settings = common.taken_up(settings, train_films.prepared)
+values = filled_in(settings, train_films.prepared, weights)
+rows = [name for name in values if name not in FREE and values[name] != record[name]]
+common.refuse(rows, "run the cells from 'The films of the first fold' on again, for changed are")
+if any(values[name] != record[name] for name in WAITS):
+    schedule = schedule_of(values)
+    scheduler.patience = int(schedule["lr_patience"].iloc[0]) - 1
+trained_model, *rows = copy.deepcopy((model, optimizer, scheduler))
+run_folder = common.folder_of_run(settings, record)
+record = {**record, **values, "run": run_folder.name, "schedule": schedule.T.to_dict()}
+problems, whole = [], True
+with common.recorded(run_folder, record, settings):
+    for fold, look in itertools.product(folds, schedule.index):
+        try:
+            both, start = (train_films, validation_films), weights
+            made = trained_model, *rows
+            if fold != first_fold:
+                both = fold_films(train_films.prepared, fold, settings)
+            if fold != first_fold and weights.seen:
+                start = weights_for(settings, fold, train_films.prepared)
+            if (fold, look) != (first_fold, schedule.index[0]):
+                made = network_and_optimizer(settings, start, schedule.loc[look, "lr_patience"])
+            part = (0, 1) if dealt else (rank, count)
+            state = FoldState(fold, look, settings, schedule.loc[look], both, made, *part)
+            state.seen_before = start.seen
+            state.take_up(run_folder)
+            whole = train_fold(state, run_folder, record)
+        except UserError as error:
+            problems.append(f"{common.fold_name(fold, look).replace('-', ' ')}: {error}")
+            if not dealt:  # the other processes go on
+                raise
+        if not whole:
+            break
+    problems, whole = sum(common.collect(problems), []), all(common.collect(whole))
+    history = common.merge_histories(run_folder, rank == 0)
+best_file = run_folder / common.fold_name(first_fold, schedule.index[0]) / "best.pt"
+if best_file.is_file():
+    trained_model.load_state_dict(common.read_checkpoint(best_file)["model"])
+trained_model.eval()
+if problems and rank == 0:
+    raise UserError("; ".join(problems) + ". --resume goes on with these folds")
+title = "05_evaluate.py" if whole else "04_train.py --resume"
+print(f"run {run_folder.name}: {run_folder}\nNext: python {title} --run {run_folder.name}")
 
 
-def save_checkpoint(values, path):
-    """Save tensors and plain values."""
-    with common.replacing(path) as temporary, open(temporary, "wb") as file:
-        torch.save(values, file)  # given a name, torch would not say that the disk is full
-
-
-def save_state(state, folder, record, logits=None):
-    """Save the last state and, if it is the best so far, the logits of its validation films."""
-    target = folder / state.name
-    if logits is not None:
-        films = state.validation_films
-        validation = films.table()[["image", "patient", "laterality"]].to_dict("list")
-        values = {
-            "model": state.average.module.state_dict(),
-            "validation": {**validation, "logits": logits, "labels": films.labels},
-            "prior": state.prior,
-            "seen": state.seen(),
-            "reduce": films.reduce,
-            "epoch": state.progress["epoch"],
-            "fold": state.fold,
-            "record": record,
-        }
-        save_checkpoint(values, target / "best.pt")
-    save_checkpoint({**state.state_dict(), "record": record}, target / "last.pt")
-    state.saved = state.progress["epoch"]
-    write_history(state, folder)
-
-
-# %% Histories: of each fold, and of all folds of the run
-# Each fold has its own, so that folds can be trained by several processes; the run's is put
-# together from them after every epoch.
-def write_history(state, folder):
-    """Write a fold's history.csv, and with it the run's."""
-    table = pd.DataFrame(state.progress["history"], columns=HISTORY)
-    common.write_csv(table, folder / state.name / "history.csv")
-    merge_histories(folder)
-
-
-def merge_histories(folder):
-    """Put the histories of a run's folds together in the run's own, and return it."""
-    parts = [pd.read_csv(path) for path in sorted(folder.glob("fold-*/history.csv"))]
-    history = pd.concat(parts) if parts else pd.DataFrame(columns=HISTORY)
-    if parts:  # none if every fold failed in its first epoch
-        common.write_csv(history, folder / "history.csv")
-    return history.reset_index(drop=True)
-
-
-# %% Going on: from the last state of a fold
-# last.pt has the weights, the optimiser, the scheduler and both random states: what follows is bit
-# for bit what it would have been without the stop.
-def take_up(state, folder):
-    """Go on from last.pt of a fold, if it is there; name what is still good if it is damaged."""
-    target = folder / state.name
-    if not (target / "last.pt").is_file():
-        return
-    try:
-        state.load_state_dict(common.read_checkpoint(target / "last.pt"))
-    except (UserError, KeyError, ValueError, RuntimeError) as error:
-        best = target / "best.pt"
-        offer = f" {best} is still there and can be evaluated." if best.is_file() else ""
-        raise UserError(f"{error}.{offer} To train this fold anew, delete {target}") from None
-
-
-# %% A new run: a folder whose name is free and leads nowhere else
-# Nothing is overwritten unasked, and no name leads out of runs/. Without --run the name is source,
-# recipe and the next free number.
-def new_run(plan, prepared):
-    """Return the folder of a new run; UserError if the name is taken or leads elsewhere."""
-    if plan.run.strip(". ") != plan.run or not all(c.isalnum() or c in "-_. " for c in plan.run):
-        raise UserError(
-            f"--run {plan.run!r}: letters, digits, and inside also blank, '-', '_' and '.'"
-        )
-    stem = f"{prepared.source}-{plan.recipe}"
-    taken = [int(p.name[-3:]) for p in common.runs_dir().glob(f"{stem}-[0-9][0-9][0-9]")]
-    folder = common.runs_dir(plan.run or f"{stem}-{max(taken, default=0) + 1:03d}")
-    if not plan.overwrite and any(path.name != ".lock" for path in folder.glob("*")):
-        raise UserError(
-            f"the run {folder.name} exists; choose another --run, --resume or --overwrite"
-        )
-    return folder
-
-
-# %% What is noted of a run: settings.json
-# Enough to repeat the run, and to refuse going on with it on other data: settings, weights, device,
-# digests of films, labels and split, the split's seed, and in what labels were edited.
-def describe_run(plan, prepared, folder, weights_name, model):
-    """Return settings.json: the settings, what they came to, and what the films are like."""
-    spread = prepared.table[data.prepare.STATISTICS].quantile([0.005, 0.995])
-    device = next(model.parameters()).device
-    return {
-        **asdict(plan),
-        "run": folder.name,
-        "source_used": prepared.source,
-        "weights_used": weights_name,
-        "film_bits": int(prepared.table["bits"].max()),
-        "frozen_stages": model.frozen,
-        "parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "device_used": str(device),
-        "precision_used": str(common.choose_precision(plan.precision, device))[6:],
-        "class_names": list(CLASS_NAMES),
-        "synthetic": prepared.source == "phantom",
-        "data": prepared.identity(),
-        "split_seed": prepared.split_seed,
-        "note": prepared.note,
-        "film_statistics": {name: list(spread[name]) for name in spread},
-        "torch": str(torch.__version__),
-        "disclaimer": common.DISCLAIMER,
-    }
-
-
-def begin_run(plan, folder, record):
-    """Write settings.json of a new run, or of one that began with the same weights."""
-    left = [] if plan.resume else [path for path in folder.iterdir() if path.name != ".lock"]
-    if left and not plan.overwrite:
-        raise UserError(f"the run {folder.name} exists; another process has just begun it")
-    # parts are a killed run's; the folder is locked, so nobody writes them now
-    common.discard(*left, *folder.rglob(".*.part"))
-    began = common.read_record(folder) if plan.resume else record
-    if began["weights_used"] != record["weights_used"]:
-        raise UserError(
-            f"{folder.name} began with the weights {began['weights_used']}, not "
-            f"{record['weights_used']}; name the same ones with --weights"
-        )
-    common.write_json(record, folder / "settings.json")
-    size = "x".join(map(str, record["data"]["size"]))
-    print(
-        f"run {folder.name}: {record['source_used']}, {record['data']['films']} films of {size} px"
-        f"{', ' + record['note'] if record['note'] else ''}, split seed {record['split_seed']}, "
-        f"recipe {plan.recipe}, looks {' and '.join(plan.looks)}, weights: "
-        f"{record['weights_used']}, on {record['device_used']} in {record['precision_used']}"
-    )
-
-
-# %% An epoch in one line
-# What a log file keeps of it, and what the progress bar turns into.
-def epoch_line(row, epochs, better):
-    """Return a row of history.csv in words."""
-    left = common.clock((epochs - row["epoch"]) * row["seconds"])
-    return (
-        f"{common.fold_name(row['fold'], row['look']).replace('-', ' ')} epoch "
-        f"{row['epoch']:2d}/{epochs}  loss {row['train_loss']:.3f}  "
-        f"val loss {row['val_loss']:.3f}  accuracy {row['val_accuracy']:.2f}  "
-        f"macro-F1 {row['val_macro_f1']:.2f}  malignant recall {row['val_malignant_recall']:.2f}  "
-        f"lr {row['lr']:.0e}  {row['films_per_second']:.1f} films/s  {left} left"
-        f"{'  best' if better else ''}"
-    )
-
-
-# %% Train: every fold of settings.fold, every epoch
-# Stop it whenever you like: `model` (then with the averaged weights of the first fold's best
-# epoch), `history` and the checkpoints are there, and this cell goes on after settings.resume =
-# True. Run again without it, it begins a new run from the same beginning.
-if __name__ == "__main__":
-    common.check_settings(settings, "04_train.py")
-    plan, old_run = make_plan(settings, train_films.prepared, weights)
-    kept = ("run", "resume", "overwrite", "epochs", "patience", "lr_patience")
-    new = {n for n, v in vars(plan).items() if n not in kept and v != getattr(made_for, n)}
-    new |= {name for name, value in films_for.items() if getattr(plan, name) != value}
-    if new or beginning and optimizer is not beginning[1]:
-        raise UserError(
-            f"{common.listing(sorted(new)) or 'the optimiser'} changed since the network was made; "
-            "run the cells from 'The films of the first fold' on again, then change what you like"
-        )
-    if beginning:  # the cell runs again, and the network was trained in it
-        model, optimizer, scheduler = beginning[0]
-    plans = plans_of_looks(plan)
-    if plan.lr_patience != made_for.lr_patience:  # it follows from the epochs
-        scheduler.patience = plans[0].lr_patience - 1
-    chosen = old_run or (new_run(plan, train_films.prepared) if rank == 0 else None)
-    run_folder = common.collect(chosen)[0]
-    record = describe_run(plan, train_films.prepared, run_folder, weights.name, model)
-    problems, whole, (mate, mates) = [], True, (0, 1) if dealt else (rank, count)
-    with common.locked(run_folder) if rank == 0 else contextlib.nullcontext():
-        if rank == 0:
-            begin_run(plan, run_folder, record)
-        beginning = copy.deepcopy((model, optimizer, scheduler)), optimizer
-        common.collect(None)  # nobody writes before the run is begun
-        for fold, look_plan in itertools.product(folds, plans):
-            words = common.fold_name(fold, look_plan.looks[0]).replace("-", " ")
-            try:
-                films = seen_by(look_plan.looks[0], (train_films, validation_films))
-                made, start_weights = (model, optimizer, scheduler), weights
-                if fold != folds[0]:
-                    films = fold_films(train_films.prepared, fold, look_plan)
-                    if weights.seen:
-                        start_weights = weights_for(plan, fold, train_films.prepared)
-                if (fold, look_plan) != (folds[0], plans[0]):
-                    made = network_and_optimizer(look_plan, start_weights)
-                state = FoldState(fold, look_plan, films, made, mate, mates)
-                state.inherited = start_weights.seen
-                if plan.resume:
-                    take_up(state, run_folder)
-                    if not dealt:
-                        common.collect(None)  # all have read it before one writes
-                    if mate == 0:
-                        write_history(state, run_folder)  # a kill may have come before it
-                whole = False
-                with contextlib.suppress(KeyboardInterrupt), enough_memory(plan):  # the stop button
-                    while not state.finished():
-                        start, lr = time.perf_counter(), state.optimizer.param_groups[0]["lr"]
-                        seen, epoch = len(state.train_films), state.progress["epoch"] + 1
-                        bar = common.Progress(seen, f"{words} epoch {epoch}")
-                        train_loss, train_accuracy = train_epoch(state, bar)
-                        speed = seen / (time.perf_counter() - start)
-                        logits, validation = validate(state)
-                        state.scheduler.step(validation["val_loss"])
-                        row = {"fold": fold, "epoch": epoch, "lr": lr, "train_loss": train_loss,
-                               "train_accuracy": train_accuracy, **validation,
-                               "seconds": time.perf_counter() - start,
-                               "films_per_second": speed, "look": state.look}  # fmt: skip
-                        better = state.take_note(row)
-                        if mate == 0:
-                            save_state(state, run_folder, record, logits if better else None)
-                            bar.close(epoch_line(row, look_plan.epochs, better))
-                    whole = True
-                if not whole:
-                    print(f"\nstopped; the state of epoch {state.saved} is saved" if state.saved
-                          else "\nstopped in the first epoch; no state is saved yet")  # fmt: skip
-                    break
-            except UserError as error:
-                if not dealt:
-                    raise
-                problems.append(f"{words}: {error}")  # the other processes go on
-        problems, whole = sum(common.collect(problems), []), all(common.collect(whole))
-        history = merge_histories(run_folder) if rank == 0 else pd.DataFrame(columns=HISTORY)
-    best_file = run_folder / common.fold_name((folds or all_folds)[0], plan.looks[0]) / "best.pt"
-    if best_file.is_file():
-        model.load_state_dict(common.read_checkpoint(best_file)["model"])
-    model.eval()
-    if problems and rank == 0:
-        raise UserError("; ".join(problems) + ". --resume goes on with these folds")
-    follow = "05_evaluate.py" if whole else "04_train.py --resume"
-    if rank == 0:
-        print(f"run {run_folder.name}: {run_folder}\nNext: python {follow} --run {run_folder.name}")
-
-
-# %% Look: the curves of loss, accuracy, macro-F1 and malignant recall, a line a fold and look
+# %% The curves of loss, accuracy, macro-F1 and malignant recall, a line a fold and look
 # Compare shapes, not heights: the training loss adds the circles' loss and label smoothing, on
 # balanced batches. A validation loss that rises while the training loss falls is overfitting: with
 # some thirty malignant films to learn from, that comes soon.
-if __name__ == "__main__" and len(history):
+def draw_history(history):
+    """Draw three panels of history.csv; return the figure."""
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
-    panels = [("loss", "train_loss", "val_loss"), ("accuracy", "train_accuracy", "val_accuracy"),
-              ("validation score", "val_macro_f1", "val_malignant_recall")]  # fmt: skip
-    for axis, (label, first, second) in zip(axes, panels):
-        for (_, look), part in history.groupby(["fold", "look"]):
-            style = {"lw": 1.2, "ls": "--" if look == "window" else "-"}
-            axis.plot(part["epoch"], part[first], color="#0072B2", label=first, **style)
-            axis.plot(part["epoch"], part[second], color="#D55E00", label=second, **style)
-            best_row = part.loc[part["val_loss"].idxmin()]
-            axis.plot(best_row["epoch"], best_row[second], "o", color="#D55E00", ms=5)
-        axis.set(xlabel="epoch", ylabel=label)
-        if label != "loss":
-            axis.set_ylim(-0.02, 1.02)
-        handles, curves = axis.get_legend_handles_labels()
-        axis.legend(handles[:2], [name.replace("_", " ") for name in curves[:2]], fontsize=8)
-    synthetic = ", SYNTHETIC PHANTOMS" if record["synthetic"] else ""
-    noted = f", {record['note']}" if record["note"] else ""
-    dashed = ", dashed: windows" if "window" in set(history["look"]) else ""
-    figure.suptitle(f"{run_folder.name}{synthetic}{noted} (dots: lowest validation loss{dashed})")
-    common.show(figure, run_folder / "figures" / "history.png")
+    panels = {"loss": ["train_loss", "val_loss"], "accuracy": ["train_accuracy", "val_accuracy"]}
+    panels["validation score"] = ["val_macro_f1", "val_malignant_recall"]
+    best = history.loc[history.groupby(["fold", "look"])["val_loss"].idxmin()]
+    options = {"hue": "curve", "palette": ["#0072B2", "#D55E00"], "style": "look", "units": "fold"}
+    for axis, (label, names) in zip(axes, panels.items()):
+        curves = history.melt(["fold", "look", "epoch"], names, "curve", label)
+        options.update(data=curves, x="epoch", y=label, estimator=None, markers=True)
+        sns.lineplot(ax=axis, **options)
+        axis.plot(best["epoch"], best[names[1]], "o", mec="black", mfc="none", ms=10)
+        axis.set(ylim=(0, None) if label == "loss" else (-0.02, 1.02))
+    return figure
+
+
+print(f"{len(history)} epochs are finished")
+if len(history):
+    title = [run_folder.name, "SYNTHETIC PHANTOMS" if record["synthetic"] else "", record["note"]]
+    title = f"{', '.join(filter(None, title))} (rings: lowest validation loss)"
+    common.show(draw_history(history), run_folder / "figures" / "history.png", title)

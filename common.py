@@ -1,29 +1,41 @@
-"""The tool drawer of the five scripts; nothing in here knows a network, a loss or a metric.
+"""The project's package: what the five scripts share. It knows no loss, no metric and no network.
 
-Sections: names and folders; errors; settings and the command line; files that are never half
-written; reading films; what was prepared; what a session shows; device and processes; phantoms.
+Sections, each a `# %%` line: names and folders; errors; settings and flags; files never half
+written; device and processes; what the console shows; reading a film file; getting the films;
+tables of your own; from film to canvas, and back; patients; what was prepared; runs; phantoms;
+digests of MIAS.
 """
 
 import atexit
+import base64
 import contextlib
 import dataclasses
 import datetime
 import difflib
 import errno
+import filecmp
 import hashlib
 import http.client
 import inspect
+import io
 import json
+import math
 import os
 import pickle
 import re
 import runpy
 import shutil
+import socket
 import sys
-import threading
+import tarfile
+import tempfile
+import textwrap
 import time
 import typing
+import unicodedata
 import urllib.request
+import warnings
+import zipfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,13 +45,17 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageFilter, ImageOps, ImageSequence, UnidentifiedImageError
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.neighbors import NearestNeighbors
+from torch.nn import functional as F
 
-# ---------------------------------------------------------------------- names and folders
+# %% Names and folders
 
 CLASS_NAMES = ("benign", "normal", "malignant")
 BENIGN, NORMAL, MALIGNANT = range(3)
 SEVERITY = (NORMAL, BENIGN, MALIGNANT)  # from harmless to worst
+OTHER_SIDE = {"left": "right", "right": "left", "": ""}
 LOOKS = ("whole", "window")  # what a network sees of a large film
 COLOURS = {"benign": "#0072B2", "normal": "#999999", "malignant": "#D55E00"}  # Okabe and Ito, 2008
 DISCLAIMER = "For research and teaching only. Not a medical device, not for diagnosis."
@@ -61,8 +77,7 @@ def fold_name(fold, look):
     return f"fold-{fold}" + ("-window" if look == "window" else "")
 
 
-# ---------------------------------------------------------------------- errors
-
+# %% Errors
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left on the disk, or none of one's quota
 
@@ -122,12 +137,64 @@ def quiet_excepthook(kind, error, trace):
         print(f"\nerror: {explain(error)}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------------- settings, command line
+def refuse(names, what):
+    """Raise a UserError that says what is wrong with names, if there are any."""
+    if len(names):
+        raise UserError(f"{what}: {listing(names)}")
+
+
+def listing(names, most=8):
+    """Return names as text, the first few and how many more there are."""
+    names = [text if len(text := str(name)) < 120 else f"{text[:120]} ..." for name in names]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def nearest(name, names):
+    """Return a hint at the name that was probably meant."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f" - did you mean {near[0]}?" if near else ""
+
+
+# %% Settings and flags
+
+
+# of settings that are numbers: the least and the most
+RANGES = {"seed": (0, 2**32 - 1), "batch_size": (1, 4096), "folds": (2, 1000)}
+RANGES.update(patients=(12, 99999), phantom_size=(128, 4096), validation=(0.001, 0.5))
+RANGES.update(train_share=(0.001, 1), augment=(0, 5), freeze=(-1, 5), dropout=(0, 0.99))
+RANGES.update(epochs=(0, 99999), lr=(1e-12, 10), backbone_lr=(0, 10), weight_decay=(0, 10))
+RANGES.update(label_smoothing=(0, 0.99), lesion_weight=(0, 1000), ema=(0, 0.9999))
+RANGES.update(lr_patience=(0, 99999), patience=(0, 99999), max_norm=(1e-12, 1e12))
+RANGES.update(recall=(0, 1), tempering=(0, 1), resamples=(1, 10**6))
+
+
+class ScriptSettings:
+    """What the settings of all scripts can do; `script` is the file's name."""
+
+    def __getattr__(self, name):
+        """Say whose settings these are, where a cell asks for what they have not."""
+        if name.startswith("_"):  # Python and IPython ask for much
+            raise AttributeError(name)
+        whose = f"`settings` are those of {self.script} now, which has no {name}"
+        raise UserError(f"{whose}; run the Settings cell of this cell's script first")
+
+    def __setattr__(self, name, value):
+        """Refuse what is no setting, as a mistyped name, and values outside of their range."""
+        names = [field.name for field in dataclasses.fields(self)]
+        if name not in names:
+            raise UserError(f"{self.script} has no setting {name!r}{nearest(name, names)}")
+        low, high = RANGES.get(name, (None, None))
+        number = isinstance(value, (int, float, np.number))
+        if name in RANGES and not (number and low <= value <= high):
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} {value}: expected {low:g} to {high:g}")
+        super().__setattr__(name, value)
 
 
 @dataclasses.dataclass
-class SeedSettings:
-    """What every script has."""
+class SeedSettings(ScriptSettings):
+    """What most scripts have."""
 
     seed: int = 0  # of every random choice in this script
 
@@ -148,12 +215,6 @@ class RunSettings(BatchSettings):
     precision: typing.Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where hardware has it
 
 
-def check_settings(settings, script):
-    """Refuse the settings of another script: in one console all are called `settings`."""
-    if getattr(settings, "script", "") != script:
-        raise UserError(f"run the Settings cell of {script} first")
-
-
 def in_ipython():
     """Tell whether the code runs in IPython: Spyder's console, VS Code or a notebook."""
     return "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None
@@ -165,13 +226,12 @@ class _Parser(ArgumentParser):
     def error(self, message):
         flags = [flag for action in self._actions for flag in action.option_strings]
         unknown = re.findall(r"unrecognized arguments: (--\S+)", message)
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1) if unknown else []
-        hint = f" - did you mean {near[0]}?" if near else " - --help lists the options"
-        self.exit(2, f"{self.prog}: {message}{hint}\n")
+        hint = nearest(unknown[0].split("=")[0], flags) if unknown else ""
+        self.exit(2, f"{self.prog}: {message}{hint or ' - --help lists the options'}\n")
 
 
 def command_line(settings_class, description):
-    """Return the settings of a script: the values in its settings cell, changed by flags.
+    """Return and print a script's settings: the values in its cell, changed by flags.
 
     Every field of the dataclass is a flag of the same name (``batch_size`` is ``--batch-size``);
     the comment on its line is the help. In a cell run by an IDE no flag is read.
@@ -179,8 +239,8 @@ def command_line(settings_class, description):
     Parameters
     ----------
     settings_class : type
-        A dataclass whose fields are bool, int, float, str, a Literal or a tuple of str; its
-        attribute `script` is the file's name.
+        A dataclass and ScriptSettings, whose fields are bool (False by default), int, float, str,
+        a Literal or a tuple of str.
     description : str
         The script's docstring, shown by ``--help``.
 
@@ -189,32 +249,35 @@ def command_line(settings_class, description):
     settings : object
         An instance of `settings_class`.
     """
+    flags = True
     if in_ipython():
         shell = sys.modules["IPython"].get_ipython()
         shell.extension_manager.load_extension("autoreload")  # an edited step is used next time
         shell.run_line_magic("autoreload", "2")
         main_file = getattr(sys.modules["__main__"], "__file__", None)
-        if not (main_file and sys.argv[0] and os.path.samefile(main_file, sys.argv[0])):
-            return settings_class()
+        flags = main_file and sys.argv[0] and os.path.samefile(main_file, sys.argv[0])
     else:
         sys.excepthook = quiet_excepthook
-    parser = _Parser(
-        description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    if not first_rank():
+        sys.stdout = open(os.devnull, "w")
+    settings = settings_class(**(flag_values(settings_class, description) if flags else {}))
+    words = ", ".join(f"{name}={value!r}" for name, value in vars(settings).items())
+    print(textwrap.fill(f"settings: {words}", 100, break_on_hyphens=False), flush=True)
+    return settings
+
+
+def flag_values(settings_class, description):
+    """Return the values of all flags, the settings' own where none is given."""
+    layout = {"formatter_class": RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = _Parser(description=description, **layout)
     classes = filter(dataclasses.is_dataclass, reversed(settings_class.__mro__))
     for_help = {"-h", "--help"} & set(sys.argv)  # reading the comments takes a while
     source = "".join(map(inspect.getsource, classes if for_help else ()))
     comments = dict(re.findall(r"^\s+(\w+): .*?  # (.*)$", source, flags=re.MULTILINE))
     for field in dataclasses.fields(settings_class):
-        flag = "--" + field.name.replace("_", "-")
-        options = {
-            "help": comments.get(field.name, "").replace("%", "%%"),
-            "default": field.default,
-        }
-        if field.type is bool and field.default:
-            flag, options = "--no" + flag[1:], {**options, "action": "store_false"}
-            options["dest"] = field.name
-        elif field.type is bool:
+        text = comments.get(field.name, "").replace("%", "%%")
+        options = {"help": text, "default": field.default}
+        if field.type is bool:
             options["action"] = "store_true"
         elif typing.get_origin(field.type) is tuple:
             options.update(nargs="+", metavar=field.name.upper())
@@ -222,11 +285,9 @@ def command_line(settings_class, description):
             options["choices"] = typing.get_args(field.type)
         else:
             options.update(type=field.type, metavar=field.type.__name__.upper())
-        parser.add_argument(flag, **options)
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    values = vars(parser.parse_args())
-    values.pop("debug")
-    return settings_class(**values)
+    return {name: value for name, value in vars(parser.parse_args()).items() if name != "debug"}
 
 
 def run_step(name, *arguments):
@@ -239,7 +300,13 @@ def run_step(name, *arguments):
         sys.argv = before
 
 
-# ---------------------------------------------------------------------- files, never half written
+def end_here():
+    """End a script whose work is done, on the command line; in an IDE the next cells go on."""
+    if not in_ipython():
+        sys.exit()
+
+
+# %% Files, never half written
 
 
 @contextlib.contextmanager
@@ -285,10 +352,9 @@ def write_csv(table, path):
 
 
 def write_json(values, path):
-    """Write plain values as indented JSON, completely or not at all."""
+    """Write plain values as indented JSON, NaN as null, completely or not at all."""
     with replacing(path) as temporary:
-        text = json.dumps(values, default=_plain)
-        values = json.loads(text, parse_constant=lambda name: None)  # JSON knows no NaN
+        values = json.loads(json.dumps(values, default=_plain), parse_constant=lambda name: None)
         text = json.dumps(values, indent=2, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
 
@@ -329,10 +395,8 @@ def locked(folder):
 
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(
-                f"another process is writing to {folder}; wait until it has finished, or choose "
-                "another run name or BCD_DATA_DIR"
-            ) from None
+            hint = "wait until it has finished, or choose another run name or BCD_DATA_DIR"
+            raise UserError(f"another process is writing to {folder}; {hint}") from None
         yield
 
 
@@ -347,72 +411,199 @@ def file_digest(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def read_checkpoint(path):
-    """Read tensors and plain values, and refuse a file that would run code.
+# %% Device and processes
 
-    Parameters
-    ----------
-    path : str or Path
-        A file written by torch.save.
 
-    Returns
-    -------
-    values : dict
-        On the CPU.
-    """
+def choose_device(name="auto"):
+    """Return a torch.device: the named one, or the best that is there (cuda, mps, cpu)."""
+    if name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available():  # processes of torchrun take a device each
+            name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there; check the name and the folder") from None
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} holds more than tensors and plain values (or is damaged); it was not loaded, "
-            "since such a file can run code. Save a state_dict instead"
-        ) from None
-    except PermissionError:
-        raise
-    except Exception as error:  # damage shows as IndexError, struct.error, EOFError, ...
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is damaged or no torch file ({reason}); get it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}, expected a state dict")
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"no device {name!r} here ({reason}); try --device auto or cpu") from None
+
+
+def choose_precision(name, device):
+    """Return torch.float32 or torch.bfloat16.
+
+    ``auto`` takes bfloat16 where the hardware multiplies it natively: recent GPUs, and CPUs with
+    AVX512-BF16. Elsewhere bfloat16 is emulated and slower than float32.
+    """
+    if name != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device)[0] >= 8
+    else:
+        probe = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        native = device.type == "cpu" and bool(probe())
+    return torch.bfloat16 if native else torch.float32
+
+
+def first_rank():
+    """Tell whether this process is the one that prints and draws: the first of torchrun's."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def processes():
+    """Return this process's rank and how many there are: those of torchrun, or (0, 1)."""
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        return 0, 1
+    if not dist.is_initialized():
+        # A process that is done waits for those that still train, however long that takes.
+        dist.init_process_group(timeout=datetime.timedelta(days=30))
+        atexit.register(dist.destroy_process_group)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def collect(value):
+    """Return the values of all processes as a list, on each of them; all wait for one another."""
+    values = [value] * processes()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
     return values
 
 
-def contact(url, patience=12.0):
-    """Ask a server for the head of a file, or give up soon.
+@contextlib.contextmanager
+def first_process_first():
+    """Let rank 0 through before the others: it makes what they find made."""
+    rank, count = processes()
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and count > 1:
+        dist.barrier()
 
-    Resolving a name has no timeout of its own, so this is done in a thread that can be left.
 
-    Returns
-    -------
-    size : int
-        Its bytes, 0 if the server does not say.
+# %% What the console shows
 
-    Raises
-    ------
-    ConnectionError
-        If there is no good answer within `patience` seconds.
+
+class Progress:
+    """One line that stays on one line, and in a log file becomes one line at the end.
+
+    Parameters
+    ----------
+    total : int
+        Number of steps.
+    label : str
+        What is being done.
     """
-    outcome = [TimeoutError(f"no answer within {patience:.0f} s")]
 
-    def ask():
-        try:
-            request = urllib.request.Request(url, method="HEAD")
-            with urllib.request.urlopen(request, timeout=patience) as answer:
-                outcome[0] = int(answer.headers.get("Content-Length") or 0)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            outcome[0] = error
+    def __init__(self, total, label):
+        self.total, self.label = total, label
+        self.done, self.start, self.drawn = 0, time.perf_counter(), 0.0
+        self.live, self.width = in_ipython() or sys.stdout.isatty(), 0
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(patience)
-    if isinstance(outcome[0], Exception):
-        raise ConnectionError(str(getattr(outcome[0], "reason", outcome[0])))
-    return outcome[0]
+    def step(self, count=1, text=""):
+        """Count `count` more steps as done and show `text` behind the bar."""
+        self.done += count
+        now = time.perf_counter()
+        if self.live and (now - self.drawn > 0.1 or self.done == self.total):
+            self.drawn = now
+            left = (now - self.start) / max(self.done, 1) * (self.total - self.done)
+            bar = "#" * int(20 * self.done / max(self.total, 1))
+            line = f"{self.label} [{bar:<20}] {self.done}/{self.total}  {clock(left)} left  {text}"
+            print("\r" + line.ljust(self.width), end="", flush=True)
+            self.width = len(line)
+
+    def close(self, text=None):
+        """Finish the line; `text` takes the place of the bar."""
+        seconds = time.perf_counter() - self.start
+        line = text or f"{self.label}: {self.done} in {clock(seconds)}"
+        print("\r" + line.ljust(self.width) if self.live else line, flush=True)
 
 
-# ---------------------------------------------------------------------- reading films
+def clock(seconds):
+    """Return seconds as minutes and seconds, such as 3:05 min."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
+
+
+def banner(*lines):
+    """Print lines in a frame that cannot be missed."""
+    frame = "!" * 100
+    print("", frame, *(f"!! {line}" for line in lines), frame, "", sep="\n", flush=True)
+
+
+def warn(message):
+    """Print a warning on stderr and go on."""
+    if first_rank():
+        sys.stdout.flush()
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def warn_of(names, what):
+    """Warn of names, if there are any: how many, what they are, and which."""
+    if len(names):
+        warn(f"{len(names)} {what}: {listing(names)}")
+
+
+def table(frame, title):
+    """Print a DataFrame under a title, whole and unwrapped; "-" stands for what is not defined."""
+    print(f"\n{title}\n{frame.to_string(na_rep='-')}\n", flush=True)
+
+
+def draw_films(pictures, title, rows=1, size=(10, 3), white=255):
+    """Draw pictures [(title, (h, w))] in grey, black 0; return the figure and its axes, flat.
+
+    A third entry is a map over the same film, whose outline at 0.5 is drawn.
+    """
+    columns = max(-(-len(pictures) // rows), 1)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (name, picture, *outline) in zip(axes.flat, pictures):
+        axis.imshow(np.asarray(picture), cmap="gray", vmin=0, vmax=white)
+        axis.set_title(name, fontsize=9)
+        extent = (-0.5, picture.shape[1] - 0.5, picture.shape[0] - 0.5, -0.5)
+        for over in (part for part in outline if part.max() > 0.5):
+            axis.contour(over, [0.5], colors="#56B4E9", extent=extent, origin="upper")
+    figure.suptitle(title, fontsize=10)
+    return figure, axes.ravel()
+
+
+def draw_circles(axis, findings, prefix=""):
+    """Draw findings as circles, of film pixels or, with the prefix "canvas_", of the canvas."""
+    columns = [prefix + name for name in ("x", "y", "radius")]
+    for severity, x, y, radius in findings[["severity", *columns]].dropna().to_numpy():
+        colour = COLOURS["malignant" if severity == "M" else "benign"]
+        axis.add_patch(plt.Circle((x, y), radius, fill=False, color=colour))
+
+
+def draw_heat(axis, film, heat):
+    """Draw a heat map over a film (uint8) of the same shape, clearer where it is cold."""
+    axis.imshow(film, cmap="gray", vmin=0, vmax=255)
+    axis.imshow(heat, cmap="inferno", alpha=0.6 * np.clip(heat / max(heat.max(), 1e-9), 0, 1))
+    axis.set(xticks=[], yticks=[])
+
+
+def show(figure, path=None, title=""):
+    """Save a figure, show it in the Plots pane where there is one, and close it.
+
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+        The figure.
+    path : Path, optional
+        PNG file; its folder is made.
+    title : str
+        Over the whole figure, small.
+    """
+    if title:
+        figure.suptitle(title, fontsize=8)
+    if path is not None and first_rank():
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
+        print(f"saved {path}")
+    if in_ipython():
+        plt.show()
+    plt.close(figure)
+
+
+# %% Reading a film file
 
 FILM_SUFFIXES = (".pgm", ".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm")
 SIDE_FILES = ".txt .csv .tsv .json .xml .md .pdf .html .xls .xlsx .doc .docx .ini .db .log".split()
@@ -449,10 +640,8 @@ def read_film(path, bits=None, notes=None):
     except FileNotFoundError:
         raise UserError(f"{path} is not there; check the name and the folder") from None
     except UnidentifiedImageError:
-        raise UserError(
-            f"{path} ({path.stat().st_size} bytes) is no film that can be read; expected a PGM, "
-            "PNG, JPEG or TIFF; copy it again from the source"
-        ) from None
+        what = f"{path} ({path.stat().st_size} bytes) is no film that can be read"
+        raise UserError(f"{what}; expected a PGM, PNG, JPEG or TIFF; copy it again") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, (PermissionError, IsADirectoryError)):
             raise
@@ -546,10 +735,9 @@ def opened_dicom(path, **options):
         raise
     except Exception as error:  # pydicom's are of all kinds: no decoder, no pixels, no DICOM
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"{path} cannot be read as a DICOM film ({reason}); for compressed ones pip install "
-            "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg, or export a PNG of it"
-        ) from None
+        hint = "for compressed ones pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
+        what = f"{path} cannot be read as a DICOM film ({reason})"
+        raise UserError(f"{what}; {hint}, or export a PNG of it") from None
 
 
 def dicom_header(path):
@@ -575,10 +763,8 @@ def read_dicom(path, said):
         if plain and not half and (np.frombuffer(film.PixelData, "<u2") >> film.BitsStored).any():
             said.append(f"has bits above the {film.BitsStored} of its header, which are left out")
         every = np.linspace(-half, 2**film.BitsStored - 1 - half, 1 << 16).round().astype(raw.dtype)
-        shown, every = (
-            tools.apply_voi_lut(tools.apply_modality_lut(part, film), film).astype(np.float64)
-            for part in (raw, every)
-        )
+        shown, every = (tools.apply_modality_lut(part, film) for part in (raw, every))
+        shown, every = (tools.apply_voi_lut(part, film).astype(float) for part in (shown, every))
     low, high = every.min(), every.max()
     pixels = np.rint((shown - low) / max(high - low, 1e-12) * 65535).astype(np.int64)
     if photometric == "MONOCHROME1" or film.get("PresentationLUTShape") == "INVERSE":
@@ -590,52 +776,79 @@ def read_dicom(path, said):
     return pixels, 16
 
 
-def files_below(folder):
-    """Return all files in a folder and below, sorted, but for hidden ones; links are followed."""
+def bits_of_set(paths):
+    """Return the depth of the films of more than 8 bits whose headers tell none, else 8.
 
-    def refuse(error):
+    The fewest bits that hold 99.99 % of the set's pixels, so that it hangs on no single pixel.
+    """
+
+    def count(path):
+        """Count a film's pixels by their bits, if they are more than 8."""
+        # a broken or a huge one is named when it is placed
+        with contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            with Image.open(path) as image:
+                deep = image.mode.startswith(("I", "F"))
+            pixels, depth = read_image(path, []) if deep else (None, 8)
+            if not depth:
+                return bit_lengths(pixels)
+        return np.zeros(65)
+
+    return bits_in_use(sum(in_threads(count, paths, "looking at grey levels")))
+
+
+def list_files(folder):
+    """Return all files in a folder and below, but for hidden ones; links are followed.
+
+    Returns
+    -------
+    files : DataFrame
+        Sorted by path: `path`, `name` (below the folder, with slashes), `kind` ("film", "mask",
+        "text", or "other": what may be a film, but is not read), `bytes` and `changed` (ns).
+    """
+
+    def stop(error):
         raise error
 
     paths, seen = [], set()
-    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+    walk = os.walk(folder, onerror=stop, followlinks=True) if Path(folder).is_dir() else ()
+    for root, folders, names in walk:
         seen.add(os.path.realpath(root))  # a link may lead back up
         real = {name: os.path.realpath(os.path.join(root, name)) for name in folders}
         folders[:] = [n for n in real if not n.startswith(".") and real[n] not in seen]
         paths += [Path(root, name) for name in names if not name.startswith(".")]
-    return sorted(paths)
+    rows = []
+    for path in sorted(paths):
+        name, status = path.relative_to(folder), path.stat()
+        stamp = status.st_size, status.st_mtime_ns  # by which a file is known to be the same
+        rows.append((path, name.as_posix(), kind_of(path, name), *stamp))
+    return pd.DataFrame(rows, columns=["path", "name", "kind", "bytes", "changed"])
 
 
-def is_mask(path):
-    """Tell a mask by its own or its folders' names: film_mask.png, masks/film.png, gt/film.png."""
-    return any(re.search(MASK, part, re.IGNORECASE) for part in [*path.parts[:-1], path.stem])
+def kind_of(path, name):
+    """Tell a mask by its own or its folders' names: film_mask.png, masks/film.png."""
+    suffix = path.suffix.lower()
+    if suffix in FILM_SUFFIXES:
+        parts = [*name.parts[:-1], name.stem]
+        return "mask" if any(re.search(MASK, part, re.IGNORECASE) for part in parts) else "film"
+    if suffix:
+        return "text" if suffix in SIDE_FILES else "other"
+    with open(path, "rb") as file:
+        return "other" if file.read(132)[128:] == b"DICM" else "text"
+
+
+def say_left_out(files):
+    """Name the masks in `list_files`, and the files of a kind that is not known."""
+    masks, others = (files["path"][files["kind"] == kind] for kind in ("mask", "other"))
+    if len(masks):
+        print(f"{len(masks)} masks are left out: {listing(path.name for path in masks)}")
+    names = [path.name for path in others]
+    warn_of(names, f"files are left out, not being called {', '.join(FILM_SUFFIXES)}")
 
 
 def film_paths(folder):
-    """Return the film files in a folder and below, sorted, but for hidden ones and masks."""
-    return [
-        path
-        for path in files_below(folder)
-        if path.suffix.lower() in FILM_SUFFIXES and not is_mask(path.relative_to(folder))
-    ]
-
-
-def say_left_out(folder):
-    """Name the masks in a folder and below, and the files of a kind that is not known.
-
-    Of files without a suffix only DICOM, by its mark.
-    """
-    masks, others = [], []
-    for path in files_below(folder):
-        if path.suffix.lower() in FILM_SUFFIXES:
-            masks += [path.name] if is_mask(path.relative_to(folder)) else []
-        elif path.suffix:
-            others += [path.name] if path.suffix.lower() not in SIDE_FILES else []
-        else:
-            with open(path, "rb") as file:
-                others += [path.name] if file.read(132)[128:] == b"DICM" else []
-    if masks:
-        print(f"{len(masks)} masks are left out: {listing(masks)}")
-    warn_of(others, f"files are left out, not being called {', '.join(FILM_SUFFIXES)}")
+    """Return the films in a folder and below, a list of Path."""
+    files = list_files(folder)
+    return list(files["path"][files["kind"] == "film"])
 
 
 def matching(name):
@@ -646,14 +859,11 @@ def matching(name):
 
 def named_films(names):
     """Return the paths that names, patterns such as scans/*.png, and folders stand for."""
-    names = [names] if isinstance(names, (str, Path)) else names
-    paths = []
-    for path in sum(map(matching, names), []):
-        films = film_paths(path) if path.is_dir() else [path]
-        if not films:
-            raise UserError(f"{path} holds no films; read are {', '.join(FILM_SUFFIXES)}")
-        paths += films
-    return paths
+    paths = sum(map(matching, [names] if isinstance(names, (str, Path)) else names), [])
+    films = [film_paths(path) if path.is_dir() else [path] for path in paths]
+    empty = [path for path, found in zip(paths, films) if not found]
+    refuse(empty, f"no films ({', '.join(FILM_SUFFIXES)}) are in")
+    return sum(films, [])
 
 
 def in_threads(function, items, label):
@@ -671,7 +881,884 @@ def in_threads(function, items, label):
     return results
 
 
-# ---------------------------------------------------------------------- what was prepared, runs
+# %% Getting the films: a folder, an archive, an earlier download, the mirror, or phantoms
+
+MIRROR = "http://peipa.essex.ac.uk/pix/mias/all-mias.tar.gz"
+LICENCE = """The MIAS database is free for research purposes only; it may not be rented, leased or
+sold. Publications must cite: J Suckling et al (1994), "The Mammographic Image Analysis Society
+Digital Mammogram Database", Exerpta Medica, International Congress Series 1069, pp 375-378."""
+
+
+def filled(folder, stamp, fill):
+    """Return a folder after `fill(temporary)`; one with the same stamp is kept as it is."""
+    mark = folder / ".stamp.json"
+    if mark.is_file() and read_json(mark) == stamp:
+        return folder
+    if folder.is_dir() and not mark.is_file() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds files that are not ours; move them or use --images")
+    discard(*folder.parent.glob(".*.part"), *folder.parent.glob(".*.old"))  # of killed runs
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        fill(temporary)
+        write_json(stamp, temporary / mark.name)
+    return folder
+
+
+def members(archive):
+    """Yield (name, bytes, open function or None where no regular file) of a tar or zip."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as file:
+            for member in file.infolist():
+                if not member.is_dir():
+                    yield member.filename, member.file_size, lambda m=member: file.open(m)
+        return
+    with tarfile.open(archive) as file:
+        for member in file:
+            if not member.isdir():
+                opened = (lambda m=member: file.extractfile(m)) if member.isreg() else None
+                yield member.name, member.size, opened
+        while file.fileobj.read(1 << 20):  # to the end, where gzip's checksum is
+            pass
+
+
+def unpack(archive, folder):
+    """Write the films and texts of an archive, flat; ValueError says what is not allowed.
+
+    More than 1 GiB and more than 30 times the archive's own size is taken for a bomb.
+    """
+    limit, films = max(1 << 30, 30 * archive.stat().st_size), 0
+    for name, length, stream in members(archive):
+        if ".." in Path(name).parts or name.startswith(("/", "\\")) or stream is None:
+            raise ValueError(f"it has a member that is not allowed: {name!r}")
+        limit -= length
+        if limit < 0:
+            raise ValueError("it unpacks to far more than its size")
+        path = folder / Path(name).name
+        if path.name.startswith(".") or path.suffix.lower() not in (*FILM_SUFFIXES, ".txt"):
+            continue  # macOS adds ._mdb001.pgm
+        if path.exists():
+            raise ValueError(f"it holds {path.name} twice; unpack it, and name that with --images")
+        with open(path, "wb") as file, stream() as data:
+            shutil.copyfileobj(data, file)
+        films += path.suffix.lower() != ".txt"
+    if not films:
+        raise ValueError("it holds no film")
+
+
+def extract(archive, folder, downloaded=False):
+    """Unpack an archive into `folder`, once; a `downloaded` one that is refused is deleted."""
+    if not archive.is_file():
+        raise UserError(f"the archive {archive} is not there; check the name and the folder")
+    status = archive.stat()
+    stamp = {"archive": archive.name, "bytes": status.st_size, "changed": status.st_mtime_ns}
+    try:
+        return filled(folder, stamp, lambda temporary: unpack(archive, temporary))
+    except UserError:  # a full disk, files in the way: not the archive's fault
+        raise
+    except Exception as error:  # damage shows as TarError, BadZipFile, zlib.error, EOFError, ...
+        if downloaded:
+            archive.unlink()  # or it would be taken for the database next time
+        raise UserError(f"{archive} is damaged or not safe: {error}; get it again") from None
+
+
+def contact(url, patience=12.0):
+    """Ask a server for the head of a file; return its bytes, 0 if it does not say.
+
+    ConnectionError if there is no good answer within `patience` seconds.
+    """
+    try:
+        request = urllib.request.Request(url, method="HEAD")
+        with urllib.request.urlopen(request, timeout=patience) as answer:
+            return int(answer.headers.get("Content-Length") or 0)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise ConnectionError(str(getattr(error, "reason", error))) from None
+
+
+def download(url, path):
+    """Download a file, once; ConnectionError if it cannot be had.
+
+    The server is asked first, so that a silent one is given up within seconds.
+    """
+    if path.is_file():
+        return path
+    print(f"looking for the database at {url} ...", flush=True)
+    size, before = contact(url), socket.getdefaulttimeout()
+    print(LICENCE)
+    socket.setdefaulttimeout(30)
+    try:
+        with replacing(path) as temporary:
+            torch.hub.download_url_to_file(url, str(temporary))
+            got = temporary.stat().st_size  # a server that hangs up early raises nothing
+            if size and got != size:
+                raise ConnectionError(f"it broke off: {got} of {size} bytes came")
+        return path
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise ConnectionError(str(getattr(error, "reason", error))) from None
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def phantom_films(settings):
+    """Draw the synthetic films, once for a number of patients and a seed; return their folder."""
+    stamp = {"n_patients": settings.patients, "seed": settings.seed}
+    stamp["film_size"] = settings.phantom_size
+
+    return filled(data_dir("phantom") / "raw", stamp, lambda folder: make_phantoms(folder, **stamp))
+
+
+@in_words()
+def find_films(settings):
+    """Return the source ("mias", "phantom" or "own"), the folder of its films, and `list_files`.
+
+    Phantoms take over under --source auto only, and say so; whatever is named and is not there
+    ends with a message.
+    """
+    source, images = settings.source, settings.images and Path(settings.images).expanduser()
+    files = list_files(images or os.devnull)
+    own = settings.labels or in_class_folders(files, settings.classes)
+    if source == "auto":
+        source = "own" if own else "mias"
+    if source == "phantom":
+        folder = phantom_films(settings)
+    elif source == "own" and not own:
+        known = "benign, normal, malignant, or as --classes names them"
+        either = "--labels FILE and --images DIR (or --archive FILE)"
+        raise UserError(f"own films need {either}, or --images DIR with a folder each: {known}")
+    elif images:
+        if not (files["kind"] == "film").any():
+            found = listing(sorted(path.name for path in images.glob("*"))) or "nothing"
+            what = f"--images {images} is no folder of films; it holds {found}"
+            raise UserError(f"{what}; read are {', '.join(FILM_SUFFIXES)}, in folders below it too")
+        return source, images, files
+    elif settings.archive:
+        folder = extract(Path(settings.archive).expanduser(), data_dir(source) / "raw")
+    elif source == "mias":
+        source, folder = find_mias(settings)
+    else:
+        what = f"--source {source}: expected auto, mias, phantom or own"
+        raise UserError(f"{what}; films of your own need --images DIR or --archive FILE")
+    return source, folder, list_files(folder)
+
+
+def find_mias(settings):
+    """Return "mias" and the folder of its films, or phantoms under --source auto."""
+    raw = data_dir("mias") / "raw"
+    if film_paths(raw):
+        return "mias", raw
+    if os.environ.get("MIAS_ARCHIVE"):
+        return "mias", extract(Path(os.environ["MIAS_ARCHIVE"]), raw)
+    url = os.environ.get("MIAS_URL", MIRROR)
+    try:
+        archive = download(url, raw.parent / "all-mias.tar.gz")
+        return "mias", extract(archive, raw, downloaded=True)
+    except ConnectionError as error:
+        if settings.source != "auto":
+            what = f"the database could not be downloaded from {url} ({error})"
+            hint = "download it elsewhere and name it with --archive FILE, or try --source phantom"
+            raise UserError(f"{what}; {hint}") from None
+        banner(
+            f"NO MIAS DATABASE: not found here, and not to be downloaded ({url}: {error}).",
+            "Going on with SYNTHETIC PHANTOMS. Figures from phantoms say nothing about mammograms.",
+            "Have the database? python 01_prepare_data.py --archive all-mias.tar.gz",
+        )
+    return "phantom", phantom_films(settings)
+
+
+# %% Tables of your own: as Excel, R and text editors write them
+
+
+def read_own_table(path):
+    """Return a CSV as a DataFrame of text, stripped; its index is the number of the line.
+
+    Separators, encodings and line ends differ from program to program. All stays text: 007 is no
+    number here.
+    """
+    path = Path(path).expanduser()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    if raw.startswith((b"PK", b"\xd0\xcf\x11\xe0")):
+        raise UserError(f"{path} is an Excel workbook; save it as CSV there, and name that")
+    wide = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
+    try:
+        text = raw.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = raw.decode("cp1252", errors="replace")
+        warn(f"{path} is not UTF-8; read as Windows-1252")
+    lines = text.splitlines()
+    first = next((n for n, line in enumerate(lines) if line.strip(" \t,;\"'")), 0)
+    separator = re.fullmatch(r"\W*sep=(.)\W*", lines[first]) if lines else None
+    first += bool(separator)  # Excel's own line
+    if not any(lines[first:]):
+        raise UserError(f"{path} has no rows")
+    comma = separator[1] if separator else max(",;\t|", key=lines[first].count)
+    most = max(line.count(comma) for line in lines[first:]) + 1  # a row may exceed the header
+    options = {"keep_default_na": False, "skip_blank_lines": False, "skipinitialspace": True}
+    try:
+        text = io.StringIO("\n".join(lines[first:]))
+        table = pd.read_csv(text, sep=comma, names=range(most), dtype=str, **options)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as CSV ({str(error).strip()})") from None
+    table = table.fillna("").apply(lambda column: column.str.strip())
+    table.index += first + 1
+    names, table = table.iloc[0], table.iloc[1:].set_axis(table.iloc[0], axis=1)
+    if names.iloc[0] == "" and (table.iloc[:, 0] != "").any():
+        print(f"{path}: not used: the first column, which has no name (row names?)")
+        names, table = names.iloc[1:], table.iloc[:, 1:]
+    named = (names != "").to_numpy()
+    more = table.index[(table.loc[:, ~named] != "").any(axis=1)]
+    refuse(more, f"{path} cannot be read: more values than columns ({listing(names)}) in line")
+    table = table.loc[(table != "").any(axis=1), named]
+    if table.empty:
+        raise UserError(f"{path} has no rows below its header ({listing(names)})")
+    return table
+
+
+LABELS = ["image", "patient", "laterality", "tissue", "label", "label_name", "findings"]
+FINDINGS = ["image", "type", "severity", "x", "y", "radius"]
+COLUMNS = [  # in small letters, without blanks and signs; the first that is there is taken
+    "image file filename filepath path film imageid imagename imagefile imagefilepath",
+    "label labelname class classname pathology diagnosis",
+    "patient patientid subject subjectid case caseid id",
+    "laterality imagelaterality side breast leftorrightbreast view",
+]
+
+
+def own_columns(table, path, wanted=COLUMNS, needed=()):
+    """Return the columns of a table by the first names of `wanted`, and those that are left.
+
+    What is taken for what is said: a patient column that is overlooked would put films of a
+    patient on both sides.
+    """
+    plain = [re.sub(r"[\W_]", "", str(name)).lower() for name in table]
+    twice = sorted({str(n) for n, p in zip(table, plain) if p and plain.count(p) > 1})
+    refuse(twice, f"{path} has a column twice")
+    columns, found = dict(zip(plain, table)), {}
+    for role, *others in map(str.split, wanted):
+        for name in [name for name in (role, *others) if name in columns][:1]:
+            found[role] = columns[name]
+            if name != role:
+                print(f'{path}: its column "{columns[name]}" is taken for {role}')
+    missing = " and ".join(role for role in needed if role not in found)
+    refuse(table.columns if missing else (), f"{path} lacks the column {missing}; found")
+    kept = list(found.values())
+    rest = table.drop(columns=kept)
+    if len(rest.columns):
+        print(f"{path}: not used: {listing(rest.columns)}")
+    return table[kept].set_axis(list(found), axis=1), rest
+
+
+def named_classes(classes=""):
+    """Return {word: code} of the classes' own names and of a setting as "0=normal,1=malignant"."""
+    known = {name: code for code, name in enumerate(CLASS_NAMES)}
+    for part in filter(str.strip, str(classes).split(",")):
+        word, _, name = (text.strip().lower() for text in part.partition("="))
+        if name not in CLASS_NAMES:
+            raise UserError(f'--classes {classes}: expected such as "0=normal,1=malignant"')
+        word, code = re.sub(r"\.0+$", "", word), CLASS_NAMES.index(name)
+        if known.setdefault(word, code) != code:
+            raise UserError(f"--classes {classes}: {word} has two meanings")
+    return known
+
+
+def checked_labels(table, rest, classes, path):
+    """Return the labels (codes) of a table; UserError names lines without one, or with two.
+
+    1 means cancer in many tables and "normal" here, so numbers count only if they are exactly 0,
+    1 and 2, or if --classes says what they mean.
+    """
+    known = named_classes(classes)
+    words = table["label"].str.lower().str.replace(r"\.0+$", "", regex=True)
+    numbers = sorted(set(words[words.str.fullmatch(r"[-+]?\d+")]) - set(known))
+    if numbers == ["0", "1", "2"]:
+        known.update({"0": BENIGN, "1": NORMAL, "2": MALIGNANT})
+        warn(f"{path}: label 0 is taken for benign, 1 for normal, 2 for malignant")
+    elif numbers:
+        ours = "only exactly 0 (benign), 1 (normal) and 2 (malignant) are known; BI-RADS are none"
+        hint = 'say what yours mean, --classes "0=normal,...", or write names'
+        raise UserError(f"{path}: labels are the numbers {listing(numbers)}; {ours}; {hint}")
+    label = words.map(known)
+    bad = table.index[label.isna() | (table["image"] == "")]
+    found = listing(table.loc[bad, "label"].unique())
+    ours = "labels are benign, normal, malignant or 0, 1, 2"
+    hint = f'{ours}; --classes "cancer=malignant,..." says what other words mean'
+    refuse(bad, f"{path}: no valid image or label (found {found}); {hint}. In line")
+    for name, words in rest.items():
+        words = words[words != ""].str.lower()
+        second = words[~words.str.fullmatch(r"[\d.]+")].map(known)
+        other = second.index[second.notna() & (second != label[second.index])]
+        refuse(other, f'{path}: the label and the column "{name}" contradict in line')
+    return label.astype(int)
+
+
+MISSING = r"n/?a|nan|none|null|unknown|\W+|-\d+|anon\w*|de-?identified|removed|x+|[\d.,]+e\+\d+"
+
+
+def same_patients(names):
+    """Return patients' names (Series of text) in one spelling each; say what was merged.
+
+    P01 and p1 taken for two patients would leak; two patients taken for one would do no harm.
+    """
+    small = names.str.lower().str.strip()
+    key = small.str.replace(r"\.0+$|[\W_]|(?<!\d)0+(?=\d)", "", regex=True)
+    key = key.where(small.str.contains(r"\w"), small)
+    missing = small.str.fullmatch(MISSING)
+    if missing.any():
+        what = f"{missing.sum()} films of patient {listing(names[missing].unique())} count as one"
+        warn(f"{what} patient each; are these missing values, or rounded by a spreadsheet?")
+    merged = names.groupby(key).transform("first")
+    several = sorted(set(names[merged != names]) | set(merged[merged != names]))
+    warn_of(several, "names are taken for the same patients, but written differently")
+    return merged
+
+
+VIEWS = "cc|mlo|ml|lm|lmo|xccl|xccm|xcc|sio|at|cv|fb|breast"
+
+
+def sides_of(sides, path="`labels`"):
+    """Return "right", "left" or "" for sides such as R, Left or L-MLO, a Series of text."""
+    words = sides.str.strip().str.lower()
+    found = words.str.extract(rf"^(?!lat$)(r|l|right|left|)(?:[ _-]*(?:{VIEWS}))?$", expand=False)
+    wrong = sides[found.isna()].unique()
+    refuse(wrong, f"{path}: expected right, left or nothing, found laterality")
+    return found.replace({"r": "right", "l": "left"})
+
+
+def film_name(name):
+    """Return a film's name with slashes and without a known suffix; other dots stay."""
+    name = unicodedata.normalize("NFC", str(name)).replace("\\", "/").strip("/ ")  # macOS: NFD
+    suffix = next((end for end in FILM_SUFFIXES if name.lower().endswith(end)), "")
+    return name[: len(name) - len(suffix)]
+
+
+def tails(key):
+    """Return a key and what is left of it without its first folder, its first two, ..."""
+    parts = key.split("/")
+    return ["/".join(parts[n:]) for n in range(len(parts))]
+
+
+def match_films(labels, files):
+    """Return the labelled films among `list_files`, {image: path} in their order, and the rest.
+
+    A table's names and a folder's need not be written alike, and either may begin further up.
+    UserError if a name could be meant in two ways, or none is there.
+    """
+    refuse(labels["image"][labels["image"].duplicated()], "`labels` has films twice")
+    wanted = {film_name(image).lower(): image for image in labels["image"]}
+    longer = {}  # names that begin further up than the folder
+    for key, image in wanted.items():
+        for tail in tails(key)[1:]:
+            longer.setdefault(tail, []).append(image)
+    found, extra, several = {}, [], []
+    films = files[files["kind"] == "film"]
+    for path, name in zip(films["path"], films["name"].map(film_name)):
+        key = name.lower()
+        named = next(([wanted[tail]] for tail in tails(key) if tail in wanted), longer.get(key, []))
+        for image in named:
+            found.setdefault(image, []).append(path)
+        extra += [] if named else [name]
+        several += [path] if len(named) > 1 else []
+    several = [image for image, paths in found.items() if len(paths) > 1] + several
+    hint = "give each file a name of its own, or name its folder too"
+    refuse(several, f"{hint}; several films could be meant by")
+    if not found:
+        wanted, there = listing(labels["image"], 3) or "no film", listing(extra, 3)
+        raise UserError(f"no labelled film was found; expected {wanted}, found {there}")
+    return {image: paths[0] for image, paths in found.items()}, extra
+
+
+def class_of_folder(name, known):
+    """Return the one word of `known` that a film's folders are called; "" if none or several."""
+    words = {part.lower() for part in name.split("/")[:-1]} & set(known)
+    return words.pop() if len(words) == 1 else ""
+
+
+def in_class_folders(files, classes=""):
+    """Return (image, label) of the films if all lie in folders named as classes, else [].
+
+    At any depth; a part that is called train or test means nothing, the folds take its place.
+    """
+    known = named_classes(classes)
+    names = files["name"][files["kind"] == "film"]
+    found = [(film_name(name), class_of_folder(name, known)) for name in names]
+    unnamed = [image for image, word in found if not word]
+    if unnamed and len(unnamed) < len(found):
+        what = f"some films lie in folders called as classes, but not {listing(unnamed, 3)}"
+        warn(f"{what}; --classes says what other names mean")
+    return [] if unnamed else found
+
+
+def headers_of(paths):
+    """Return patient and laterality of those films that are DICOM, a DataFrame by image."""
+    read, dicom = {}, {i: path for i, path in paths.items() if path.suffix.lower() == ".dcm"}
+    for image, path in dicom.items():
+        with contextlib.suppress(UserError):  # a broken film is named later
+            read[image] = dicom_header(path)
+    return pd.DataFrame(read).T
+
+
+def say_contradictions(labels, folders, headers, path):
+    """Warn of films whose folder or DICOM header says another thing than their row of labels.
+
+    `folders` is {image: label} of folders called as classes. Which one is wrong cannot be known.
+    """
+    rows = labels.set_index("image")
+    wrong = {"the name of their folder": [i for i, c in folders.items() if c != rows["label"][i]]}
+    if len(headers):
+        rows = rows.loc[headers.index]
+        sides = sides_of(headers["laterality"])
+        differ = (sides != "") & (rows["laterality"] != "") & (sides != rows["laterality"])
+        patients = rows["patient"].groupby(headers["patient"]).transform("nunique")
+        mixed = (headers["patient"] != "") & (patients > 1)
+        wrong["the laterality of their headers"] = rows.index[differ]
+        wrong["their headers, where they are the same patient's"] = rows.index[mixed]
+    for what, images in wrong.items():
+        if len(images):
+            warn(f"{path} contradicts {what}: {listing(images)}")
+
+
+def read_own_labels(path, files=None, classes=""):
+    """Return labels of your own, from a CSV or ("") from folders named as classes.
+
+    Whatever could be meant in two ways is refused, with its line.
+    """
+    if path:
+        table, rest = own_columns(read_own_table(path), path, needed=("image", "label"))
+    else:
+        path, rest = "the folders of classes", pd.DataFrame()
+        table = pd.DataFrame(in_class_folders(files, classes), columns=["image", "label"])
+    label = checked_labels(table, rest, classes, path)
+    again = table["image"].map(film_name).str.lower().duplicated()
+    lines, twice = listing(table.index[again]), table["image"][again].unique()
+    what = "a film has one row, its findings go into --findings FILE"
+    refuse(twice, f"{path} (line {lines}) names films twice; {what}. Twice are")
+    table["image"] = table["image"].map(film_name)
+    paths = match_films(table, files)[0] if files is not None else {}
+    headers = headers_of(paths)
+    for role in headers:
+        own = table.get(role, pd.Series("", table.index))
+        values = own.where(own != "", table["image"].map(headers[role]).fillna(""))
+        if (values != own).any():
+            print(f"{path}: {role} of {(values != own).sum()} films is taken from DICOM headers")
+            if role == "patient":
+                values = values.where(values != "", table["image"])
+            table[role] = values
+    if "patient" in table:
+        without = table.index[table["patient"] == ""]
+        refuse(without, f"{path}: fill the column patient or leave it out; no patient in line")
+    if "patient" not in table or len(table) > 2 and table["patient"].is_unique:
+        what = "all patients are different" if "patient" in table else "no patient column"
+        hint = "if some have several films, name them in a column patient, or films leak"
+        warn(f"{path}: {what}, so each image counts as its own patient; {hint} between the parts")
+    patient = same_patients(table["patient"]) if "patient" in table else table["image"]
+    side = sides_of(table.get("laterality", pd.Series("", table.index)), path)
+    labels = table.assign(patient=patient, laterality=side, tissue="", label=label, findings=0)
+    labels["label_name"] = labels["label"].map(dict(enumerate(CLASS_NAMES)))
+    known = named_classes(classes)
+    names = dict(zip(files["path"], files["name"])) if paths else {}
+    folders = {image: class_of_folder(names[file], known) for image, file in paths.items()}
+    folders = {image: known[word] for image, word in folders.items() if word}
+    say_contradictions(labels, folders, headers, path)
+    return labels.reset_index(drop=True)[LABELS]
+
+
+def read_own_findings(path, labels, classes=""):
+    """Return the findings of a CSV: image and x,y,radius or x0,y0,x1,y1[, severity][, type].
+
+    In pixels of the film, y from the top; a box becomes the circle round its middle with half its
+    longer side.
+    """
+    corners = ["x0 xmin left", "y0 ymin top", "x1 xmax right", "y1 ymax bottom"]
+    wanted = [COLUMNS[0], "severity pathology", "type", "x", "y", "radius", *corners]
+    raw = read_own_table(path)
+    table, _ = own_columns(raw, path, wanted, needed=["image"])
+    box = "x0" in table
+    numbers = ["x0", "y0", "x1", "y1"] if box else ["x", "y", "radius"]
+    expected = "x, y, radius or the corners x0, y0, x1, y1"
+    refuse(() if {*numbers} <= {*table} else raw.columns, f"{path}: expected {expected}; found")
+    texts = pd.Series(table[numbers].to_numpy().ravel())
+    if {",", "."} <= set("".join(texts)):
+        raise UserError(f"{path}: numbers with commas and others with points; write 1040 and 12.5")
+    thousands = texts[texts.str.fullmatch(r"\d+\.\d{3}")].unique()
+    if len(thousands):
+        warn(f"{path}: points are taken for decimal ones in {listing(thousands)}")
+    points = table[numbers].replace(r",(?!\d{3}$)", ".", regex=True)  # 1,020 may be a thousand
+    table[numbers] = points.apply(pd.to_numeric, errors="coerce")
+    names, keys = (part["image"].map(film_name).str.lower() for part in (table, labels))
+    film = names.map(dict(zip(keys, labels.index)))
+    label = film.map(labels["label"])
+    word = table.get("severity", pd.Series("", table.index)).str.lower()
+    named = word.map({"b": BENIGN, "m": MALIGNANT, **named_classes(classes)})
+    severity = named.where(named != NORMAL).where(word != "", label)
+    if box:
+        low, high = table[["x0", "y0"]].to_numpy(), table[["x1", "y1"]].to_numpy()
+        table["radius"] = np.where((high > low).all(1), (high - low).max(1) / 2, np.nan)
+        table[["x", "y"]] = (low + high) / 2
+    worse = (severity == MALIGNANT) & (label == BENIGN)
+    vague = ~table["radius"].between(1e-9, 1e5) | table[["x", "y"]].isna().any(axis=1)
+    for wrong, what in [
+        (film.isna(), "a film that has no label"),
+        (vague, "no circle or box in numbers such as 1040 and 12.5"),
+        ((table[numbers] <= 1).all(axis=1), "shares of the film in place of its pixels"),
+        (severity.isna(), "a severity other than benign (B) or malignant (M)"),
+        (worse | (label == NORMAL), "a finding that its film's label contradicts"),
+    ]:
+        refuse(table.index[wrong], f"{path}: {what} in line")
+    table["image"] = film.map(labels["image"])
+    table["severity"] = severity.map({BENIGN: "B", MALIGNANT: "M"})
+    table["type"] = table.get("type", "lesion")
+    return table.reset_index(drop=True)[FINDINGS]
+
+
+# %% From film to canvas, and back
+
+
+def guess_laterality(film):
+    """Return the brighter half, "right" or "left"; wrong if the breast fills the film (mdb151)."""
+    columns = film.mean(axis=0)  # (width,)
+    middle = len(columns) // 2
+    return "right" if columns[-middle:].sum() > columns[:middle].sum() else "left"
+
+
+def tissue_threshold(film):
+    """Return the grey level between tissue and background: Otsu's (1979), two thirds moved back.
+
+    Square roots of the grey levels, because the skin line is nearly as dark as background; for the
+    same reason Otsu's level alone would shave the skin off.
+    """
+    root = np.sqrt(np.arange(256))
+    counts = np.bincount(film.ravel(), minlength=256)
+    for again in (False, True):
+        n, total = np.cumsum(counts), np.cumsum(counts * root)
+        between = (total[-1] * n - n[-1] * total) ** 2 / np.maximum(n * (n[-1] - n), 1)
+        level = between.argmax()
+        parted = between[level] / max(n[-1] * (counts * root**2).sum() - total[-1] ** 2, 1)
+        dark = (total[-1] - total[level]) / max(n[-1] - n[level], 1)
+        # An implant outshines the breast: below it, tissue and background are parted once more.
+        if again and not (parted > 0.94 and dark > 4.2 and n[-1] - n[level] > 0.05 * film.size):
+            break
+        otsu, unlit = level, total[level] / max(n[level] - n[0], 1)
+        counts = np.where(np.arange(256) <= otsu, counts, 0)
+    # Level 0 is left out of `unlit`: it is the padding round the film.
+    return ((2 * unlit + root[otsu]) / 3) ** 2
+
+
+def connected(seed, mask):
+    """Return the pixels of a bool mask that are joined to a bool seed, through 4 neighbours.
+
+    Each sweep spreads the seed along the columns up to the next wall, in four directions, until
+    nothing changes: two or three rounds, where pixel by pixel it would be a hundred.
+    """
+    position = np.arange(1, max(mask.shape) + 1, dtype=np.int16)[:, None]
+    walls = [np.rot90(~mask, turn) for turn in (1, 2, 3, 4)]
+    walls = [np.maximum.accumulate(wall * position[: len(wall)], axis=0) for wall in walls]
+    size = -1
+    while seed.sum() > size:
+        size = seed.sum()
+        for wall in walls:
+            seed = np.rot90(seed)
+            seed = np.maximum.accumulate(seed * position[: len(seed)], axis=0) > wall
+    return seed
+
+
+def filtered(mask, pixel_filter):
+    """Return a bool mask as PIL's filter leaves it, uint8 0 to 255."""
+    return np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).filter(pixel_filter))
+
+
+def fill_holes(mask):
+    """Return a bool mask with those pixels added that see it upwards, downwards, left and right."""
+    seen = np.ones_like(mask)
+    for _ in range(4):
+        mask, seen = np.rot90(mask), np.rot90(seen)
+        seen = seen & np.logical_or.accumulate(mask, axis=0)
+    return seen
+
+
+def find_breast(film, laterality):
+    """Return the steps to the breast, {name: bool mask}; "outline", the last, has the film's size.
+
+    `laterality`, "right" or "left", names the film's edge that the chest wall lies against. Labels,
+    tape and frames are as bright as the breast; what tells them apart is where they lie and how
+    full they are: the breast is the fullest bright piece near the chest wall.
+    ValueError if no single piece brighter than the film covers 3 to 98 % of it.
+    """
+    height, width = film.shape
+    cell = max(1, round(max(film.shape) / 128))
+    coarse = np.asarray(Image.fromarray(film).reduce(cell))  # (about 128, about 128)
+    bright = coarse > tissue_threshold(coarse)
+    # Two cells off every rim break the bridges to labels and tape, and remove scratches.
+    core = filtered(bright, ImageFilter.MinFilter(5)) > 0
+    wall_right = laterality == "right"
+    nearness = np.linspace(*((0.5, 1) if wall_right else (1, 0.5)), num=coarse.shape[1])
+    fullness = filtered(bright, ImageFilter.BoxBlur(14)) * nearness * core
+    piece = connected(core & (fullness == fullness.max()), core)
+    piece = filtered(piece, ImageFilter.MaxFilter(5)) > 0
+    if not 0.03 < piece.mean() < 0.98:
+        what = f"no breast found: the main bright piece covers {piece.mean():.1%} of the film"
+        raise ValueError(f"{what} (grey levels {film.min()} to {film.max()}), expected 3 to 98 %")
+    breast = fill_holes(filtered(piece, ImageFilter.MaxFilter(5)) > 0)
+    # The skin may be darker than the threshold, but behind the chest wall there is only padding.
+    columns = np.flatnonzero(piece.any(axis=0))
+    breast[:, slice(columns[-1] + 1, None) if wall_right else slice(columns[0])] = False
+    # Smoothed at half size only: a quarter of the time, and the last step is too small to see.
+    box, half = (0, 0, width / cell, height / cell), (width // 2, height // 2)
+    half = Image.fromarray(breast.astype(np.uint8) * 255).resize(half, Image.BILINEAR, box=box)
+    outline = np.asarray(half.resize((width, height), Image.NEAREST)) > 127
+    masks = {"brighter than its threshold": bright, "without rims and bridges": core}
+    return {**masks, "fullest at the chest wall": piece, "outline": outline}
+
+
+class Geometry(typing.NamedTuple):
+    """How a film came to its canvas; enough to carry a point either way."""
+
+    film_height: int  # px
+    film_width: int  # px
+    crop_top: int  # px of the film
+    crop_left: int  # px of the film
+    crop_height: int  # px of the film
+    crop_width: int  # px of the film
+    mirrored: bool  # right breasts are, so that the chest wall is always on the left
+    scale: float  # canvas px for one film px
+
+
+def geometry_of(row):
+    """Return the Geometry in a row of films.csv."""
+    return Geometry(*(row[name] for name in Geometry._fields))
+
+
+def film_to_canvas(x, y, geometry):
+    """Carry film pixels (x from the left, y from the top; numbers or arrays) to canvas pixels."""
+    x = x - geometry.crop_left
+    if geometry.mirrored:
+        x = geometry.crop_width - 1 - x
+    y = y - geometry.crop_top
+    return (x + 0.5) * geometry.scale - 0.5, (y + 0.5) * geometry.scale - 0.5
+
+
+def canvas_on_film(values, g, size):
+    """Carry an array over the canvas (h, w) back to the film, float32 (film_height, film_width)."""
+    tensor = torch.as_tensor(np.asarray(values, np.float32))[None, None]
+    sides = [max(round(side / g.scale), 1) for side in size]
+    crop = F.interpolate(tensor, sides, mode="bilinear")[0, 0, : g.crop_height, : g.crop_width]
+    film = np.zeros((g.film_height, g.film_width), np.float32)
+    box = film[g.crop_top :, g.crop_left :][: g.crop_height, : g.crop_width]
+    box = box[:, ::-1] if g.mirrored else box
+    box[: crop.shape[0], : crop.shape[1]] = crop.numpy()
+    return film
+
+
+def place_film(film, laterality, size, crop="breast"):
+    """Place the breast of a film (uint8) on a black canvas of `size` (height, width), px.
+
+    Returns canvas (uint8, chest wall on the left, breast at the top left corner), Geometry and the
+    mask on the film (bool). `laterality` "" is guessed. ValueError if there is no breast. With
+    `crop` "none" the film is placed whole and unmirrored.
+    """
+    laterality = laterality or guess_laterality(film)
+    mirrored, mask = laterality == "right" and crop == "breast", np.ones(film.shape, bool)
+    if crop == "breast":
+        mask = find_breast(film, laterality)["outline"]
+    # Some circles of MIAS reach up to 45 px of 1024 behind the chest wall (mdb110).
+    margin, wall = round(max(film.shape) / 128), round(max(film.shape) * 0.047)
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    before, after = (margin, wall) if mirrored else (wall, margin)
+    top, left = max(0, int(rows[0]) - margin), max(0, int(columns[0]) - before)
+    box = np.s_[top : int(rows[-1]) + 1 + margin, left : int(columns[-1]) + 1 + after]
+    cut = (film[box] * mask[box])[:, :: -1 if mirrored else 1]
+    height, width = cut.shape
+    scale = min(size[0] / height, size[1] / width)
+    # whole canvas pixels: at most half of one is lost, and points keep the exact scale
+    shape = [min(max(round(side * scale), 1), most) for side, most in zip(cut.shape, size)]
+    extent = (0, 0, min(shape[1] / scale, width), min(shape[0] / scale, height))
+    canvas = np.zeros(size, np.uint8)
+    shrunk = Image.fromarray(cut).resize(shape[::-1], Image.BILINEAR, box=extent)
+    canvas[: shape[0], : shape[1]] = shrunk
+    return canvas, Geometry(*film.shape, top, left, height, width, mirrored, scale), mask
+
+
+def canvas_size(text, source):
+    """Read a size such as "512x288" as (height, width) in px; "auto" is chosen by the source.
+
+    1024 x 576 px has the shape of a cropped breast (about 1 : 2) and all that the films of MIAS
+    have. 512x288 takes a third of the time and leaves the median lesion 41 px wide; at 224 px, the
+    usual size, 43 % are smaller than one place of the network's map.
+    """
+    if not isinstance(text, str):
+        text = "x".join(map(str, text))  # (512, 288), typed in a cell
+    if text == "auto":
+        text = {"mias": "1024x576", "phantom": "160x90"}.get(source, "512x288")
+    match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
+    size = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not all(64 <= side <= 4096 for side in size):
+        raise UserError(f"--size {text} is no canvas; expected HEIGHTxWIDTH, 64 to 4096 px each")
+    return size
+
+
+def oddities(film, laterality):
+    """Return what looks wrong about a film (uint8), a list of phrases."""
+    cell = max(1, round(max(film.shape) / 128))
+    coarse = np.asarray(Image.fromarray(film).reduce(cell))
+    lit = coarse > tissue_threshold(coarse)
+    said = ["less than 64 px high or wide"] if min(film.shape) < 64 else []
+    said += ["fewer than 32 grey levels"] if len(np.unique(film)) < 32 else []
+    columns, rows = (np.flatnonzero(lit.mean(axis=axis) > 0.02) for axis in (0, 1))
+    if not (len(columns) and len(rows)) or min(coarse.shape) < 8:
+        return said
+    height, width = coarse.shape
+    top, bottom = coarse[: height // 2].mean(), coarse[-(height // 2) :].mean()
+    left, right = coarse[:, : width // 2].mean(), coarse[:, -(width // 2) :].mean()
+    across = min(left, right) / max(left, right)
+    if min(top, bottom) / max(top, bottom) < min(0.5, 0.6 * across):
+        said.append("looks turned by 90 degrees")
+    own, other = (right, left) if laterality == "right" else (left, right)
+    if laterality and other > 1.3 * own:
+        said.append(f"called {laterality}, but the breast lies on the other side")
+    profile = lit[:, columns[0] : columns[-1] + 1].mean(axis=0)  # how high it is, along the film
+    parts = np.array([part.mean() if part.size else 0 for part in np.array_split(profile, 8)])
+    middle, ends = parts[3:5].mean(), min(parts[:2].mean(), parts[6:].mean())
+    if middle > max(0.2, 2 * parts[[0, 7]].max()) or ends > max(0.25, 2.5 * middle):
+        said.append("looks like both breasts on one film")
+    turn = -1 if (laterality or guess_laterality(film)) == "right" else 1  # the wall to the left
+    wall = np.flatnonzero(lit[:, ::turn].mean(axis=0) > 0.2)[:1].sum()  # behind it lies padding
+    sixth = max(height // 6, 1)
+    strip = coarse[rows[0] : rows[-1] + 1, ::turn][:, wall : wall + max(width // 6, 1)]
+    if strip[-sixth:].mean() > 1.5 * max(strip[:sixth].mean(), 8):
+        said.append("looks upside down (the muscle lies at the bottom)")
+    return said
+
+
+def say_oddities(films):
+    """Warn of what was noted of films (a DataFrame with image and note), a line for each kind."""
+    notes = films.set_index("image")["note"].str.split("; ").explode()
+    notes = notes[notes != ""]
+    for note, part in notes.groupby(notes.to_numpy()):
+        swapped = "called" in note and len(part) > len(films) / 4  # of either side
+        hint = "; the column laterality is probably swapped" if swapped else ""
+        warn_of(part.index, f"of {len(films)} films, {note}{hint}")
+
+
+STATISTICS = ["breast", "mean", "sd"]  # what a film is like, 0 to 1
+
+
+def film_statistics(canvas):
+    """Measure a film on its canvas (uint8); return a dict of what STATISTICS names, 0 to 1.
+
+    How much of the canvas is breast, and the mean and standard deviation of its grey values.
+    """
+    breast = canvas[canvas > 0] / 255
+    values = (breast.size / canvas.size, breast.mean(), breast.std()) if breast.size else (0, 0, 0)
+    return dict(zip(STATISTICS, map(float, values)))
+
+
+def usual_range(statistics):
+    """Return what is usual in a set of films: low and high lie three spans of the middle half off.
+
+    A film beyond is unlike its set: step 1 names it, and step 5 warns of one of your own.
+    """
+    low, high = (statistics[STATISTICS].quantile(share) for share in (0.25, 0.75))
+    span = 3 * (high - low).clip(lower=0.02)
+    return pd.DataFrame({"low": low - span, "high": high + span})
+
+
+def unlike(statistics, usual):
+    """Return which films lie outside of their `usual_range`, bool (n,)."""
+    low, high = (usual[name] for name in ("low", "high"))
+    return ((statistics < low) | (statistics > high)).any(axis=1).to_numpy()
+
+
+def prepare_film(path, laterality, size, crop="breast", bits=None, shape=None):
+    """Read a film and place it; return its canvas, its row of films.csv, and the film.
+
+    `problem` says why a film cannot be used, one of another `shape` too; `note` says what is odd.
+    """
+    row, notes, film = {"file": str(path.resolve()), "digest": "", "problem": ""}, [], None
+    try:
+        film = read_film(path, bits, notes)
+        row["digest"] = hashlib.sha256(np.ascontiguousarray(film)).hexdigest()[:16]
+        if shape and film.shape != shape:
+            found, expected = (f"{height} x {width}" for height, width in (film.shape, shape))
+            raise ValueError(f"{found} px, expected {expected}")
+        notes += oddities(film, laterality) if crop == "breast" else []
+        canvas, geometry, _ = place_film(film, laterality, size, crop)
+        row.update(geometry._asdict(), bits=bits or 8, **film_statistics(canvas))
+        return canvas, {**row, "note": "; ".join(notes)}, film
+    except (UserError, ValueError, OSError) as error:
+        row["problem"] = explain(error) if isinstance(error, OSError) else str(error)
+        return np.zeros(size, np.uint8), {**row, "note": ""}, film
+
+
+def scratch_array(shape, folder):
+    """Return a writable uint8 array in a nameless file: memory stays flat, a kill leaves nothing.
+
+    Written out, for on a full disk a map of a file with holes would crash.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with in_words(folder), tempfile.TemporaryFile(dir=folder) as file:
+        for _ in range(shape[0]):
+            file.write(bytes(shape[1] * shape[2]))
+        file.flush()
+        return np.memmap(file, np.uint8, "r+", shape=shape)
+
+
+# %% Patients
+
+
+def worst(labels, groups):
+    """Return for every row the worst label (a Series of codes) of its group."""
+    other = labels[~labels.isin(SEVERITY)].unique()
+    refuse(other, "labels are 0 (benign), 1 (normal) or 2 (malignant); found")
+    severity = labels.map(SEVERITY.index)
+    return severity.groupby(groups).transform("max").map(dict(enumerate(SEVERITY)))
+
+
+def deal_patients(labels, parts, seed, fewest):
+    """Deal patients into parts; return the part (0 to parts - 1) of each film, a Series.
+
+    `labels` has patient and label; UserError if a class has fewer patients than `fewest`.
+    """
+    worse = worst(labels["label"], labels["patient"])
+    counts = worse.groupby(labels["patient"]).first().value_counts()
+    if parts < 2 or len(counts) < 2 or counts.min() < fewest or counts.max() < parts:
+        found = ", ".join(f"{CLASS_NAMES[code]} {n}" for code, n in counts.sort_index().items())
+        need = f"{parts} folds or parts need {max(parts, 2)} patients or more, of two classes"
+        hint = "choose fewer --folds (in step 4 a larger --validation) or add films"
+        raise UserError(f"{need}; found patients by worse label: {found}; {hint}")
+    part = pd.Series(-1, index=labels.index)
+    dealer = StratifiedGroupKFold(n_splits=parts, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():  # of classes with fewer patients than parts, judged above
+        warnings.simplefilter("ignore", UserWarning)
+        for number, (_, held_out) in enumerate(dealer.split(labels, worse, labels["patient"])):
+            part.iloc[held_out] = number
+    return part
+
+
+def labels_of(films, labels):
+    """Return the rows of `labels` of those films that have one, in the films' order; R is right."""
+    rows = films[["image"]].merge(labels, on="image")[list(labels)]
+    return rows.assign(laterality=sides_of(rows["laterality"]))
+
+
+def near_copies(canvases, films, labels):
+    """Return the pairs of films, "a and b", of different patients that show nearly the same.
+
+    Row n of `films` (image, its index the row in `canvases`) may have a row in `labels`. Compared
+    are thumbnails of 32 x 18 px, of mean 0 and length 1: films of different patients of MIAS lie
+    0.148 or more apart, a film and its copy as JPEG, or a little brighter, 0.04 or less.
+    """
+    patient = films["image"].map(labels.set_index("image")["patient"]).dropna()
+    small = [Image.fromarray(canvases[n]).resize((18, 32), Image.BOX) for n in patient.index]
+    small = np.stack([np.asarray(film, np.float32).ravel() for film in small])
+    small -= small.mean(axis=1, keepdims=True)
+    small /= np.linalg.norm(small, axis=1, keepdims=True).clip(1e-6)
+    near = NearestNeighbors(radius=0.07).fit(small).radius_neighbors_graph()
+    pairs = [(patient.index[n], patient.index[m]) for n, m in zip(*near.nonzero()) if n < m]
+    pairs = [films["image"][[*pair]] for pair in pairs if patient[[*pair]].nunique() > 1]
+    return [" and ".join(pair) for pair in pairs]
+
+
+# %% What was prepared
 
 
 class Prepared(typing.NamedTuple):
@@ -691,15 +1778,75 @@ class Prepared(typing.NamedTuple):
 
     def identity(self):
         """Return what a run notes of its data and split, and what must be the same on resume."""
-        return {
-            "source": self.source,
-            "films": len(self.films),
-            "size": list(self.films.shape[1:]),
-            "crop": self.crop,
-            "pixels_and_labels": self.fingerprint,
-            "split": fingerprint(self.splits.to_csv(index=False)),
-            "folds": int(self.splits["fold"].max()) + 1,
-        }
+        first = {"source": self.source, "films": len(self.films), "crop": self.crop}
+        first["size"] = list(self.films.shape[1:])
+        first["pixels_and_labels"] = self.fingerprint
+        first["split"] = fingerprint(self.splits.to_csv(index=False))
+        return {**first, "folds": int(self.splits["fold"].max()) + 1}
+
+
+FILES = ("films.npy", "films.csv", "labels.csv", "findings.csv", "splits.csv", "prepared.json")
+
+
+def save_prepared(folder, films, tables, state):
+    """Write films (an iterable of canvases), tables {name: DataFrame} and the state, or nothing.
+
+    All files are made in a new folder first, then moved into place, prepared.json last, so that a
+    crash leaves no mixture. What is the same stays as it is; a table that was edited by hand is
+    kept under another name.
+    """
+    new, pixels, before = folder / ".new", hashlib.sha256(), {}
+    with contextlib.suppress(UserError):  # nothing is there yet, or it is not whole
+        before = read_json(folder / "prepared.json")
+    discard(new)  # of a run that was killed
+    with in_words(folder):
+        try:
+            with replacing(new / "films.npy") as temporary, open(temporary, "wb") as file:
+                shape = (state["films"], *state["size"])
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for film in films:
+                    pixels.update(film.tobytes())
+                    file.write(film.tobytes())
+            for name, part in tables.items():
+                write_csv(part, new / name)
+            digests = {name: file_digest(new / name) for name in tables}
+            state = {**state, "pixels": pixels.hexdigest(), "digests": digests}
+            write_json(state, new / "prepared.json")
+            there = {n: file_digest(folder / n) for n in tables if (folder / n).is_file()}
+            for name, digest in there.items():
+                if digest != before.get("digests", {}).get(name, digest):
+                    keep_edited(folder / name)
+            same, *_ = filecmp.cmpfiles(folder, new, FILES[:-1], shallow=False)
+            discard(folder / "prepared.json")  # what follows is not whole until the end
+            for name in FILES:
+                if name not in same:
+                    os.replace(new / name, folder / name)
+        finally:
+            discard(new)
+
+
+def keep_edited(path):
+    """Copy a table that was edited by hand to a free name beside it."""
+    names = (f"{path.stem}.edited-{n}.csv" for n in range(1, 10**6))
+    kept = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    shutil.copy2(str(path), str(kept))
+    warn(f"{path} was edited by hand; it is kept as {kept.name}, and made anew")
+
+
+def edits(labels, database, used, same):
+    """Say in what labels, and what else, differ from the database's; "" if in nothing.
+
+    `used` is the number of films that are used; `same` tells of other things whether they are.
+    """
+    changed = labels.merge(database, how="left", indicator=True)["_merge"] != "both"
+    said = []
+    if changed.any() or len(labels) != len(database):
+        said.append(f"labels edited, {used} of {len(database)}")
+        said += [f"{changed.sum()} changed"] if changed.any() else []
+    elif used < len(labels):
+        said.append(f"films left out, {used} of {len(labels)}")
+    return ", ".join(said + [f"{name} edited" for name, is_same in same.items() if not is_same])
 
 
 def load_prepared(source):
@@ -716,47 +1863,41 @@ def load_prepared(source):
     state = read_json(folder / "prepared.json")
     try:
         films = np.load(folder / "films.npy", mmap_mode="r")
-        names = ("films.csv", "labels.csv", "findings.csv", "splits.csv")
-        table, labels, findings, splits = (read_table(folder / name) for name in names)
+        table, labels, findings, splits = (read_table(folder / name) for name in FILES[1:-1])
         edited = [n for n, digest in state["digests"].items() if file_digest(folder / n) != digest]
         note = "; ".join(filter(None, [state["note"], *(f"{n} edited by hand" for n in edited)]))
-        labels, splits = (  # an editor may have sorted them
-            part.set_index("image").loc[table["image"]].reset_index()[list(part)]
-            for part in (labels, splits)
-        )
+        there = [part.set_index("image") for part in (labels, splits)]  # an editor may have sorted
+        there = [part.loc[table["image"]].reset_index() for part in there]
+        labels, splits = (part[list(old)] for part, old in zip(there, (labels, splits)))
         if not len(films) == len(table) == len(labels) == len(splits):
             raise ValueError("films and tables differ in length")
-        pixels, crop, seed = state["pixels"], state["crop"], state["split_seed"]
+        pixels, *facts = (state[name] for name in ("pixels", "crop", "split_seed"))
         table["bits"]  # an earlier version noted none
         check_tables(labels, splits)
     except (OSError, ValueError, EOFError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"{folder} is not whole ({error}); run 01_prepare_data.py again") from None
     content = fingerprint(pixels, labels.to_csv(), findings.round(3).to_csv())
-    tables = table, labels, findings, splits
-    return Prepared(source, folder, films, *tables, content, crop, seed, note)
+    return Prepared(source, folder, films, table, labels, findings, splits, content, *facts, note)
 
 
 def check_tables(labels, splits):
     """Refuse tables that contradict themselves, and a split with a patient on both sides."""
-    for table in (labels, splits):
-        if table["image"].duplicated().any():
-            raise UserError(f"twice: {listing(table['image'][table['image'].duplicated()])}")
     name = labels["label"].map(dict(enumerate(CLASS_NAMES)))
-    patients = splits.set_index("image")["patient"].reindex(labels["image"]).to_numpy()
+    patients = splits.drop_duplicates("image").set_index("image")["patient"]
+    patients = patients.reindex(labels["image"]).to_numpy()
     folds = splits.groupby("patient")["fold"].nunique()
     sides = labels["laterality"].isin(["right", "left", ""])
     for wrong, what in [
+        (labels["image"][labels["image"].duplicated()], "twice in labels"),
+        (splits["image"][splits["image"].duplicated()], "twice in splits"),
         (labels["image"][name != labels["label_name"]], "label and label_name contradict"),
         (labels["image"][~sides], "laterality other than right, left or nothing"),
         (labels["image"][labels["patient"] != patients], "another patient in splits.csv"),
         (folds.index[folds > 1], "patients in two folds of splits.csv; their films must share one"),
         (set(splits["fold"]) ^ set(range(splits["fold"].nunique())), "folds are not 0, 1, 2, ..."),
     ]:
-        if len(wrong):
-            raise UserError(
-                f"{what}: {listing(wrong)}. Mend labels.csv or splits.csv (in step 1: the tables), "
-                "or run 01_prepare_data.py again"
-            )
+        mend = "mend labels.csv or splits.csv (in step 1: the tables), or run step 1 again"
+        refuse(wrong, f"{mend}: {what}")
 
 
 def open_prepared(source="auto"):
@@ -780,11 +1921,19 @@ def announce(prepared):
         warn(f"{prepared.folder}: {prepared.note}; figures are not the database's")
 
 
+def absent_classes(names):
+    """Return in words the classes that are not among names; "" if all are there."""
+    return " or ".join(name for name in CLASS_NAMES if name not in set(names))
+
+
 def read_table(path):
     """Read a CSV of ours; names stay text, even 001 and NA."""
     text = dict.fromkeys(("image", "patient", "digest", "note"), str)
     empty = dict.fromkeys(("x", "y", "radius", "canvas_x", "canvas_y", "canvas_radius"), [""])
     return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=empty)
+
+
+# %% Runs
 
 
 def weights_file(name, fold=0):
@@ -797,14 +1946,12 @@ def weights_file(name, fold=0):
     if path.is_file() and not others:
         return path
     folder = path if path.is_dir() and not others else runs_dir(str(name))
-    found = {part.parent.name: part for part in sorted(folder.glob("fold-*/best.pt"))}
+    found = [folder / fold_name(fold, look) / "best.pt" for look in LOOKS]
+    found = [*filter(Path.is_file, found), *sorted(folder.glob("fold-*/best.pt"))]
     if not found:
-        raise UserError(
-            f"{name} is not there; expected a state dict FILE, or a run in {runs_dir()} that has a "
-            "fold-K/best.pt; check the name and the folder"
-        )
-    of_fold = (found.get(fold_name(fold, look)) for look in LOOKS)
-    return next(filter(None, of_fold), next(iter(found.values())))
+        expected = f"a state dict FILE, or a run in {runs_dir()} that has a fold-K/best.pt"
+        raise UserError(f"{name} is not there; expected {expected}; check the name and the folder")
+    return found[0]
 
 
 def find_run(name=""):
@@ -817,6 +1964,15 @@ def find_run(name=""):
     return runs_dir(name) if name else newest
 
 
+def open_run(name=""):
+    """Return the folder and the settings.json of a run: the named, the newest, or a first one."""
+    if not name and not any(runs_dir().glob("*/settings.json")):
+        print("there is no run yet; running 04_train.py", flush=True)
+        run_step("04_train.py")
+    folder = find_run(name)
+    return folder, read_record(folder)
+
+
 def read_record(folder):
     """Read settings.json of a run; a run of an earlier version is refused."""
     record = read_json(folder / "settings.json")
@@ -825,191 +1981,171 @@ def read_record(folder):
     return record
 
 
-# ---------------------------------------------------------------------- what a session shows
+def new_run(name, stem, overwrite=False):
+    """Return the folder of a new run; UserError if the name is taken or leads elsewhere.
 
-
-class Progress:
-    """One line that stays on one line, and in a log file becomes one line at the end.
-
-    Parameters
-    ----------
-    total : int
-        Number of steps.
-    label : str
-        What is being done.
+    Without a name it is the stem and the next free number.
     """
-
-    def __init__(self, total, label):
-        self.total, self.label = total, label
-        self.done, self.start, self.drawn = 0, time.perf_counter(), 0.0
-        alone = "TORCHELASTIC_RUN_ID" not in os.environ  # lines of several would overwrite another
-        self.live = alone and (in_ipython() or sys.stdout.isatty())
-        self.width = 0
-
-    def step(self, count=1, text=""):
-        """Count `count` more steps as done and show `text` behind the bar."""
-        self.done += count
-        now = time.perf_counter()
-        if self.live and (now - self.drawn > 0.1 or self.done == self.total):
-            self.drawn = now
-            left = (now - self.start) / max(self.done, 1) * (self.total - self.done)
-            bar = "#" * int(20 * self.done / max(self.total, 1))
-            line = f"{self.label} [{bar:<20}] {self.done}/{self.total}  {clock(left)} left  {text}"
-            print("\r" + line.ljust(self.width), end="", flush=True)
-            self.width = len(line)
-
-    def close(self, text=None):
-        """Finish the line; `text` takes the place of the bar."""
-        seconds = time.perf_counter() - self.start
-        line = text or f"{self.label}: {self.done} in {clock(seconds)}"
-        print("\r" + line.ljust(self.width) if self.live else line, flush=True)
+    if name.strip(". ") != name or not all(c.isalnum() or c in "-_. " for c in name):
+        raise UserError(f"--run {name!r}: letters, digits, and inside also blank, '-', '_' and '.'")
+    taken = [int(p.name[-3:]) for p in runs_dir().glob(f"{stem}-[0-9][0-9][0-9]")]
+    folder = runs_dir(name or f"{stem}-{max(taken, default=0) + 1:03d}")
+    if not overwrite and any(path.name != ".lock" for path in folder.glob("*")):
+        raise UserError(f"the run {folder.name} exists; another --run, --resume or --overwrite?")
+    return folder
 
 
-def clock(seconds):
-    """Return seconds as text: 0.8 s, 42 s, 3:05 min or 1:02:03 h."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, seconds = divmod(int(round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d} h" if hours else f"{minutes}:{seconds:02d} min"
+def folder_of_run(settings, record):
+    """Return the folder of the run that goes on, or of a new one; the same in all processes."""
+    if settings.resume:
+        return find_run(settings.run)
+    named = settings.run, f"{record['source_used']}-{record['recipe']}", settings.overwrite
+    return collect(new_run(*named) if processes()[0] == 0 else None)[0]
 
 
-def banner(*lines):
-    """Print lines in a frame that cannot be missed."""
-    width = max(len(line) for line in lines)
-    print("\n" + "!" * (width + 6))
-    for line in lines:
-        print(f"!! {line:<{width}} !!")
-    print("!" * (width + 6) + "\n", flush=True)
+# when a run goes on
+MAY_CHANGE = ("run", "resume", "overwrite", "fold", "epochs", "patience", "device", "precision")
 
 
-def warn(message):
-    """Print a warning on stderr and go on."""
-    sys.stdout.flush()
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+def taken_up(settings, prepared):
+    """Return settings as they are or, where `resume` is set, filled with those of their run.
 
-
-def warn_of(names, what):
-    """Warn of names, if there are any: how many, what they are, and which."""
-    if len(names):
-        warn(f"{len(names)} {what}: {listing(names)}")
-
-
-def table(frame, title):
-    """Print a DataFrame under a title, whole and unwrapped; "-" stands for what is not defined."""
-    print(f"\n{title}\n{frame.to_string(na_rep='-')}\n", flush=True)
-
-
-def show(figure, path=None):
-    """Save a figure, show it in the Plots pane where there is one, and close it.
-
-    Parameters
-    ----------
-    figure : matplotlib.figure.Figure
-        The figure.
-    path : Path, optional
-        PNG file; its folder is made.
+    Only values that differ from the defaults count as changed. UserError if other settings, films,
+    labels or folds than the run began with would be gone on with.
     """
-    if path is not None:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
-        print(f"saved {path}")
-    if in_ipython():
-        plt.show()
-    plt.close(figure)
+    if not settings.resume:
+        return settings
+    folder = find_run(settings.run)
+    record = read_record(folder)
+    noted, now, values = record["data"], prepared.identity(), {}
+    changed = [f"{n} {noted.get(n)} -> {now[n]}" for n in now if noted.get(n) != now[n]]
+    for name, mine in dataclasses.asdict(settings).items():
+        default = getattr(type(settings), name)
+        old = record.get(name, default)
+        old = tuple(old) if isinstance(old, list) else old  # JSON knows no tuples
+        if mine == default and name not in ("run", "resume", "overwrite"):
+            values[name] = old
+        elif mine != old and name not in MAY_CHANGE:
+            changed.append(f"{name} {old} -> {mine}")
+    refuse(changed, f"the run {folder.name} cannot be resumed with other settings or data")
+    return dataclasses.replace(settings, **values)
 
 
-def listing(names, most=8):
-    """Return names as text, the first few and how many more there are."""
-    names = [text if len(text := str(name)) < 120 else f"{text[:120]} ..." for name in names]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def record_of(values, prepared):
+    """Return settings.json of a run: its settings, and what its films are like.
 
-
-# ---------------------------------------------------------------------- device and processes
-
-
-def choose_device(name="auto"):
-    """Return a torch.device: the named one, or the best that is there (cuda, mps, cpu)."""
-    if name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        if torch.cuda.is_available():  # processes of torchrun take a device each
-            name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-    try:
-        torch.empty(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"no device {name!r} here ({reason}); try --device auto or cpu") from None
-
-
-def choose_precision(name, device):
-    """Return torch.float32 or torch.bfloat16.
-
-    ``auto`` takes bfloat16 where the hardware multiplies it natively: recent GPUs, and CPUs with
-    AVX512-BF16. Elsewhere bfloat16 is emulated and slower than float32.
+    Enough to repeat the run, and to refuse going on with it on other data.
     """
-    if name != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device)[0] >= 8
-    else:
-        probe = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        native = device.type == "cpu" and bool(probe())
-    return torch.bfloat16 if native else torch.float32
+    usual, phantoms = usual_range(prepared.table), prepared.source == "phantom"
+    record = {**values, "source_used": prepared.source, "synthetic": phantoms}
+    record.update(class_names=list(CLASS_NAMES), film_bits=int(prepared.table["bits"].max()))
+    record.update(split_seed=prepared.split_seed, note=prepared.note, data=prepared.identity())
+    record["film_statistics"] = {name: list(usual.loc[name]) for name in usual.index}
+    return {**record, "torch": str(torch.__version__), "disclaimer": DISCLAIMER}
 
 
-def processes():
-    """Return this process's rank and how many there are: those of torchrun, or (0, 1)."""
-    if not dist.is_available() or not dist.is_torchelastic_launched():
-        return 0, 1
-    if not dist.is_initialized():
-        # A process that is done waits for those that still train, however long that takes.
-        dist.init_process_group(timeout=datetime.timedelta(days=30))
-        atexit.register(dist.destroy_process_group)
-    return dist.get_rank(), dist.get_world_size()
-
-
-def collect(value):
-    """Return the values of all processes as a list, on each of them; all wait for one another."""
-    values = [value] * processes()[1]
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
+SHOWN = "run source_used note split_seed recipe looks weights_used device_used precision_used"
 
 
 @contextlib.contextmanager
-def first_process_first():
-    """Let rank 0 through before the others: it makes what they find made."""
-    rank, count = processes()
-    if rank > 0:
-        dist.barrier()
-    yield
-    if rank == 0 and count > 1:
-        dist.barrier()
+def recorded(folder, record, settings):
+    """Hold a run's folder while it is trained, and write its settings.json, as the first process.
+
+    A run that goes on must have begun with the same weights.
+    """
+    first = processes()[0] == 0
+    with locked(folder) if first else contextlib.nullcontext():
+        if first:
+            left = [p for p in folder.iterdir() if p.name != ".lock" and not settings.resume]
+            if left and not settings.overwrite:
+                raise UserError(f"the run {folder.name} exists; another process has just begun it")
+            # parts are a killed run's; the folder is locked, so nobody writes them now
+            discard(*left, *folder.rglob(".*.part"))
+            began = read_record(folder) if settings.resume else record
+            if began["weights_used"] != record["weights_used"]:
+                other = f"{began['weights_used']}, not {record['weights_used']}"
+                raise UserError(f"{folder.name} began with other --weights: {other}; name the same")
+            write_json(record, folder / "settings.json")
+            said = [name for name in SHOWN.split() if record[name]]
+            print(", ".join(f"{name.replace('_', ' ')} {record[name]}" for name in said))
+        collect(None)  # nobody writes before the run is begun
+        yield
 
 
-# ---------------------------------------------------------------------- phantoms
-# Lengths are shares of the film size: u runs from the chest wall to the nipple, v from the top
-# down. Every breast is drawn as a left one; right ones are mirrored at the end.
+def read_checkpoint(path):
+    """Read tensors and plain values onto the CPU, a dict; refuse a file that would run code."""
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there; check the name and the folder") from None
+    except PermissionError:
+        raise
+    except pickle.UnpicklingError:
+        holds = "holds more than tensors and plain values, which could run code (or is damaged)"
+        raise UserError(f"{path} {holds}; it was not loaded. Save a state_dict instead") from None
+    except Exception as error:  # damage shows as IndexError, struct.error, EOFError, ...
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is damaged or no torch file ({reason}); get it again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}, expected a state dict")
+    return values
+
+
+def save_checkpoint(values, path):
+    """Save tensors and plain values, whole or not at all."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(values, file)  # given a name, torch would not say that the disk is full
+
+
+HISTORY = ["fold", "epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy"]
+HISTORY += ["val_macro_f1", "val_malignant_recall", "seconds", "films_per_second", "look"]
+
+
+def history_line(row, epochs, better):
+    """Return a row of history.csv in words, of at most so many epochs."""
+    words = "epoch {epoch:2d}/{0}  loss {train_loss:.3f}  val loss {val_loss:.3f}  accuracy "
+    words += "{val_accuracy:.2f}  macro-F1 {val_macro_f1:.2f}  malignant recall "
+    words += "{val_malignant_recall:.2f}  lr {lr:.0e}  {films_per_second:.1f} films/s  {1} left{2}"
+    left = clock((epochs - row["epoch"]) * row["seconds"])
+    name = fold_name(row["fold"], row["look"]).replace("-", " ")
+    return f"{name} " + words.format(epochs, left, "  best" if better else "", **row)
+
+
+def write_history(rows, folder):
+    """Write history.csv of a fold (a folder of the run), and with it the run's."""
+    write_csv(pd.DataFrame(rows, columns=HISTORY), folder / "history.csv")
+    merge_histories(folder.parent)
+
+
+def merge_histories(folder, write=True):
+    """Put the histories of a run's folds together, in the run's own too if `write`; return it.
+
+    Each fold has its own, so that folds can be trained by several processes.
+    """
+    parts = [pd.read_csv(path) for path in sorted(folder.glob("fold-*/history.csv"))]
+    history = pd.concat(parts) if parts else pd.DataFrame(columns=HISTORY)
+    if parts and write:  # none if every fold failed in its first epoch
+        write_csv(history, folder / "history.csv")
+    return history.reset_index(drop=True)
+
+
+# %% Phantoms: synthetic films in the format of MIAS
+# They let everything run without the database, and the tests know what is on them. Lengths are
+# shares of the film size: u runs from the chest wall to the nipple, v from the top down. Every
+# breast is drawn as a left one; right ones are mirrored at the end.
 
 # One breast | the other, for 10 of 12 patients: as in MIAS, 1/3 N+N, 1/3 N+B, the rest with M.
 PHANTOM_PLAN = ["|"] * 4 + ["|CIRC B", "|CIRC B", "|CIRC B,CIRC B", "|MISC B", "|SPIC M", "|SPIC M"]
-PHANTOM_HEADER = """SYNTHETIC PHANTOMS IN THE FORMAT OF THE MINI-MIAS DATABASE
-Film, tissue, class, severity, x, y and radius in pixels from the bottom left, as mdb001 in
-    mdb001 G CIRC B 535 425 197
-NOTE 3) Widely distributed calcifications have no centre.
-"""
+PHANTOM_HEADER = """SYNTHETIC PHANTOMS IN THE FORMAT OF THE MINI-MIAS DATABASE, with rows as
+    mdb001 G CIRC B 535 425 197: x, y and radius in pixels from the bottom left"""
 
 
 def phantom_findings(seed, number):
     """Tissue class ("F", "G" or "D") and list of findings ("CIRC B", ...) of one film."""
     (dozen, place), is_left = divmod((number - 1) // 2, 12), (number - 1) % 2
     # CALC and B+M are as rare as in MIAS. B before M catches readers of a film's first row only.
-    plan = PHANTOM_PLAN + [
-        "|MISC M" if dozen % 5 else "|CALC M",
-        "|CIRC B,SPIC M" if dozen % 2 else "CIRC B|SPIC M",
-    ]
+    plan = [*PHANTOM_PLAN, "|MISC M" if dozen % 5 else "|CALC M"]
+    plan.append("|CIRC B,SPIC M" if dozen % 2 else "CIRC B|SPIC M")
     rng = np.random.default_rng([seed, 0, dozen])  # so a film stays the same in a larger set
     breasts = plan[rng.permutation(12)[place]].split("|")
     tissue = "FGD"[rng.permutation(12)[place] % 3]
@@ -1017,104 +2153,65 @@ def phantom_findings(seed, number):
     return tissue, findings.split(",") if findings else []
 
 
-def power_law_texture(rng, size, exponent):
-    """Noise of power spectrum 1/f**exponent, mean 0 and standard deviation 1, (size, size)."""
-    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)).astype("f4")
-    frequency[0, 0] = np.inf  # no mean
-    spectrum = np.fft.rfft2(rng.standard_normal((size, size), "f4")) / frequency ** (exponent / 2)
-    texture = np.fft.irfft2(spectrum, (size, size)).astype("f4")
-    return texture / texture.std()
+def phantom_texture(rng, size):
+    """Noise that is coarse more than fine, as parenchyma is; mean 0, about 1 wide, (size, size)."""
+    octaves = (rng.standard_normal((n, n), "f4") * 6 / n for n in (6, 12, 24, 48))
+    return sum(np.array(Image.fromarray(o).resize((size, size), Image.BICUBIC)) for o in octaves)
 
 
-def phantom_breast(outline_rng, rng, tissue, size):
-    """Radiographic density of a left breast and the room round each pixel, both (size, size).
-
-    Room is the distance to skin, muscle or film edge: a lesion of a smaller radius fits there.
-    Parenchyma has a power spectrum of about 1/f**3 (Burgess 1999, Proc. SPIE 3661, 642-653;
-    Burgess, Jacobson and Judy 2001, Med. Phys. 28, 419-437).
-    """
-    v, u = (np.mgrid[:size, :size].astype("f4") + 0.5) / size
-    width, height, nipple, armpit, muscle_u, muscle_v = outline_rng.uniform(
-        [0.38, 0.32, 0.5, 0.45, 0.18, 0.4], [0.6, 0.4, 0.6, 0.75, 0.28, 0.6]
-    ).tolist()
-    above, below = np.clip((nipple - v) / nipple, 0, 1), np.clip((v - nipple) / height, 0, None)
-    reach = width * (armpit + (1 - armpit) * (1 + np.cos(np.pi * above)) / 2)
-    skin = width * (1 - np.hypot(u / reach, below))
-    bulge = 0.12 * np.sin(np.pi * np.clip(v / muscle_v, 0, 1))
-    muscle = (u / muscle_u + v / muscle_v - 1 - bulge) / float(np.hypot(1 / muscle_u, 1 / muscle_v))
-    texture, strands = power_law_texture(rng, size, 3), power_law_texture(rng, size, 4)
-    centred = 1.2 - np.hypot((u - 0.6 * width) / (0.5 * width), (v - nipple) / (0.75 * height))
-    gland = 1 / (1 + np.exp(-5 * (centred + 0.35 * texture)))
-    # Zero crossings of a fractal field are long thin curves: a cartoon of ligaments and ducts.
-    ligaments = np.exp(-((strands / 0.05) ** 2)) * (0.06 + 0.16 * gland)
-    amount = {"F": 0.15, "G": 0.4, "D": 0.75}[tissue]
-    density = 0.5 + 0.1 * texture + gland * (amount + 0.07 * texture) + ligaments
-    density += 0.9 / (1 + np.exp(np.clip(muscle / 0.006, -50, 50)))
-    thickness = 1 - np.exp(-np.clip(skin, 0, None) / 0.045)
-    room = np.minimum.reduce([skin, muscle, u, v, 1 - u, 1 - v])
-    return np.clip(density, 0.1, None) * thickness, room
-
-
-def phantom_lesion(rng, finding, core, radius):
-    """Density that a mass adds, (2 radius + 1, 2 radius + 1); core and radius in pixels.
+def phantom_mass(rng, malignant, radius):
+    """Density that a mass adds, (2 radius + 1, 2 radius + 1); radius in pixels.
 
     Only the margin tells a benign mass (smooth, sharp) from a malignant one (blurred, spiculated).
     """
-    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
-    distance, angle = np.hypot(x, y) / core, np.arctan2(y, x)
-    malignant, contrast = finding.endswith("M"), rng.uniform(0.4, 1.0)
-    lobes, blur = 0.04 if finding == "CIRC B" else 0.12, 0.12 if malignant else 0.04
-    outline = 1 + sum(
-        lobes * rng.uniform(-1, 1) * np.cos(k * angle + rng.uniform(0, 2 * np.pi))
-        for k in range(2, 8 if malignant else 4)
-    )
-    mass = 1 / (1 + np.exp(np.clip((distance - outline) / blur, -50, 50)))
-    for direction in rng.uniform(0, 2 * np.pi, rng.integers(9, 18) if malignant else 0):
-        off_axis = np.angle(np.exp(1j * (angle - direction))) * distance
-        taper = np.clip(1 - distance / rng.uniform(1.45, radius / core), 0, 1)
-        mass = np.maximum(mass, np.exp(-((off_axis / 0.17) ** 2)) * np.sqrt(taper))
-    return contrast * mass
-
-
-def phantom_artefacts(rng, size):
-    """Label and frame strip beyond the nipple, on about 70 % of the films; uint8 (size, size)."""
-    film = Image.new("L", (256, 256))  # the size at which the default font is right
-    draw = ImageDraw.Draw(film)
-    left, top, slant, grey = rng.integers([174, 0, -8, 225], [205, 26, 9, 256]).tolist()
-    if rng.random() < 0.6:
-        draw.rectangle([left, top, left + 22, top + 30], grey)
-        draw.multiline_text((left + 4, top + 2), "R\nML", 30)
-    if rng.random() < 0.25:
-        draw.polygon([246 + slant, 0, 256, 0, 256, 256, 246 - slant, 256], grey)
-    return np.asarray(film.resize((size, size), Image.BILINEAR))
+    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1] / radius
+    angle, turn = np.arctan2(y, x), rng.uniform(0, 2 * np.pi)
+    edge, blur = 0.8 + 0.05 * np.cos(2 * angle + turn), 0.03
+    if malignant:
+        edge, blur = 0.5 + 0.4 * np.cos(rng.integers(5, 9) * angle + turn) ** 8, 0.08
+    mass = 1 / (1 + np.exp(np.clip((np.hypot(x, y) - edge) / blur, -50, 50)))
+    return rng.uniform(0.4, 1.0) * mass
 
 
 def phantom_film(seed, number, size):
     """One film, uint8 (size, size), and its rows of Info.txt."""
     tissue, findings = phantom_findings(seed, number)
-    rng = np.random.default_rng([seed, number])
-    patient_rng = np.random.default_rng([seed, 0, (number + 1) // 2, 1])  # one outline for both
+    rng, rows = np.random.default_rng([seed, number]), []
+    outline = np.random.default_rng([seed, 0, (number + 1) // 2, 1])  # one for both breasts
+    low, high = [0.38, 0.32, 0.5, 0.45, 0.18, 0.4], [0.6, 0.4, 0.6, 0.75, 0.28, 0.6]
+    width, height, nipple, armpit, muscle_u, muscle_v = outline.uniform(low, high).tolist()
     # A coarse grid takes a tenth of the time; only lesions need sharper edges.
-    density, room = phantom_breast(patient_rng, rng, tissue, size // 3)
-    density, rows = np.array(Image.fromarray(density).resize((size, size), Image.BICUBIC)), []
+    v, u = (np.mgrid[: size // 3, : size // 3].astype("f4") + 0.5) / (size // 3)
+    above, below = np.clip((nipple - v) / nipple, 0, 1), np.clip((v - nipple) / height, 0, None)
+    reach = width * (armpit + (1 - armpit) * (1 + np.cos(np.pi * above)) / 2)
+    skin = width * (1 - np.hypot(u / reach, below))
+    muscle = (u / muscle_u + v / muscle_v - 1) / float(np.hypot(1 / muscle_u, 1 / muscle_v))
+    texture = phantom_texture(rng, size // 3)
+    centred = 1.2 - np.hypot((u - 0.6 * width) / (0.5 * width), (v - nipple) / (0.75 * height))
+    gland = {"F": 0.15, "G": 0.4, "D": 0.75}[tissue] / (1 + np.exp(-5 * centred - 1.75 * texture))
+    density = np.clip(0.5 + 0.1 * texture + gland + 0.9 * (muscle < 0), 0.1, None)
+    density = density * (1 - np.exp(-np.clip(skin, 0, None) / 0.045))
+    density = np.array(Image.fromarray(density).resize((size, size), Image.BICUBIC))
+    # A lesion of a smaller radius fits where there is room to skin, muscle and film edge.
+    room = np.minimum.reduce([skin, muscle, u, v, 1 - u, 1 - v])
     for finding in findings:
         if finding == "CALC M":
             density[tuple(3 * rng.choice(np.argwhere(room > 0.03), 150).T)] += rng.uniform(0.4, 1.2)
             rows.append(f"mdb{number:03d} {tissue} {finding} *NOTE 3*")
             continue
-        reach = 1.7 if finding.endswith("M") else 1.25
-        core = size * min(rng.uniform(0.03, 0.055), room.max() / reach - 4 / size)
-        radius = int(np.ceil(reach * core))
+        radius = math.ceil(size * min(rng.uniform(0.04, 0.08), room.max() - 4 / size))
         row, column = 3 * rng.choice(np.argwhere(room * size > radius + 2))
         y, x = 3 * np.indices(room.shape)
         room = np.minimum(room, (np.hypot(y - row, x - column) - radius) / size)  # no overlaps
         inside = np.s_[row - radius : row + radius + 1, column - radius : column + radius + 1]
-        density[inside] += phantom_lesion(rng, finding, core, radius)
+        density[inside] += phantom_mass(rng, finding.endswith("M"), radius)
         x = size - 1 - column if number % 2 else column
         rows.append(f"mdb{number:03d} {tissue} {finding} {x} {size - 1 - row} {radius}")
     # The film's response saturates, so dense tissue hides lesions, as it does in life.
     grey = 245 * (1 - np.exp(-density)) + 3 * np.abs(rng.standard_normal((size, size), "f4"))
-    film = np.maximum(grey, phantom_artefacts(rng, size)).clip(0, 255).astype("u1")
+    if rng.random() < 0.6:  # a label beside the breast
+        grey[size // 16 : size // 6, -size // 5 : -size // 9] = rng.integers(225, 256)
+    film = grey.clip(0, 255).astype("u1")
     return film[:, ::-1] if number % 2 else film, rows or [f"mdb{number:03d} {tissue} NORM "]
 
 
@@ -1129,6 +2226,7 @@ def make_phantoms(folder, n_patients=60, seed=0, film_size=1024):
         12 patients include 4 malignant, 4 benign and every quirk of ``Info.txt``. A film depends on
         the seed, its number and its size (pixels; 128 at least), not on ``n_patients``.
     """
+    print(f"making phantoms of {n_patients} patients ...", flush=True)
 
     def write(number):
         film, rows = phantom_film(seed, number, film_size)
@@ -1138,3 +2236,57 @@ def make_phantoms(folder, n_patients=60, seed=0, film_size=1024):
     with ThreadPoolExecutor() as pool:
         rows = sum(pool.map(write, range(1, 2 * n_patients + 1)), [])
     (Path(folder) / "Info.txt").write_text("\n".join([PHANTOM_HEADER, *rows, "", "=" * 65, ""]))
+
+
+# %% Digests of MIAS: six hex digits a film, of its pixels, from mdb001 on
+
+DIGESTS = """
+<3ufTML<w;yRdxI^F@Up(xwsfTmb{>Bn>`nDwTzgoED;^uVcv<Son%Ma$O~V=u`X>LXbZoNtDtOaC4oXow9?-KeshHS&boY!?8
+SWvL8*hnrqHi(y&<qo;L6j*$dy}LuwNf#afJ}l_f;)Grt3IRsNJnk(TeTWCI1|%p|pGai%N%#qhbiNddjM776MYN9~uJk&3!#J
+HlPb$Fix?s83L}E;5iDetn|l`=UA7qhYhuMP@uv${^G-x2wAWM2S|zNseU5kex;N#-Zi}9g<JWoGm`>=r+D7Wz!4q+}hOr*jv!
+Htz75{_>Qn_oAc!Y;7~wpn35A*9)`&X(-1F`32!CU1vH(?D+G`Z&}6%~*L;Cvga+50c^zepA>`}MVT_cx(;emP%H0a8q5EDo=G
+E5)(T5jq8MA+rdMADrjHnGs$UXGw)<F}$R<YBqLpZ?g0F38DC#wDnqXOkLqoVcOsaxVhGkO3QYt39QP30I3dj(bG5Gqt7ng^^@
+T#hEk5~+rS1xt(TYbHv(l*O&5@OigQN!O`K|EWWpCL2qj7_7uVi+oJ(yJf3|v+I~FNLA_S=&H{cZ?Do<ivGAvHLQ7%F!D^bh(+
+on>W`D66%qHFqeHu(RDZ?iF&BghY6KnG-gF2Ydl5Lv{I{EEH7+iS>0B4<O|*ofP6m%o$2Nzgb!o1A7wd)`Va}!RGr<hlo&+hnE
+vqHT<n783Q#)n{Mm<ThWIHs3FTLsqlulZ#EV_M$t95?`uCS?Yo1BKV-m)~b3H<s+0&praujA8`s8*&NVgT@#wo0f9O?p_U+a=N
+U2&3@%%cmU}QGUL2_!FyH;qx!>Oo|f(P3oWVGuWS+DCiy{6aiCzM`q@K3rql8`GBk49VAnqZZs{47X<Y(E;n34MOmNpdt4ten$
+;3TIK}1CHF{U!#Sr*LhR!9&Cb7jV2e578S^x@+H@<6CVPF%8YFh$xa2h;eh>b*aONA8kQrn+|_B7TpqpPY*G}Dyi&{O1$y`)_-
+`G{u6oFmmlq4aa<0`*H!Ld3RY+meds+WhBzry1~`oVkqak}OXlQ0q1VNl>y{?02wGpZ=E1-<L2{R;&qd<1VmgO0DQ(XJOTZ`jx
+EK0{A_(1ZMTo1Ds0BPhtT$fxBoyrI{X>V1BqUqqX2C!vEhIh`$B=+62kwA%#68!3@^ubr9MP%tHpc3Ww<>^H}Vdde<z_bd8@`j
+-Ov=U9m^!-V_}A=(wbieQ&QF)@T8C>MZ
+"""
+
+
+def known_digests():
+    """Return the distributed films' digests as {digest: image}."""
+    digits = base64.b85decode("".join(DIGESTS.split())).hex()
+    return {digits[6 * n : 6 * n + 6]: f"mdb{n + 1:03d}" for n in range(len(digits) // 6)}
+
+
+def check_films(source, films, missing, allow_partial):
+    """Return which films can be used, bool (n,); `films` has image, digest and problem.
+
+    UserError if two names hold the same pixels, or one those of another MIAS film, and, unless
+    `allow_partial`, if films are missing or unusable. What is left out is named.
+    """
+    usable = films["problem"] == ""
+    twice = films["image"][films["digest"].duplicated(keep=False) & usable]
+    refuse(twice, "the same pixels under several names")
+    if source == "mias":
+        belongs = films["digest"].str[:6].map(known_digests())
+        renamed = films["image"][belongs.notna() & (belongs != films["image"])]
+        pairs = [f"{a} holds {b}" for a, b in zip(renamed, belongs[renamed.index])]
+        refuse(pairs, "renamed films, their labels would be wrong")
+        other = films["image"][belongs.isna() & usable]
+        differ = "films differ from the distributed database, so results cannot be compared"
+        warn_of(other, differ)
+    problems = [f"{len(missing)} films are missing: {listing(missing)}"] if missing else []
+    problems += [f"{row.image}: {row.problem}" for row in films[~usable].itertuples()]
+    if problems and not allow_partial:
+        first = "; ".join(problems[:8]) + (f"; {len(problems) - 8} more" if problems[8:] else "")
+        raise UserError(f"{first}. Get them again, or use --allow-partial")
+    if problems:
+        warn("left out, as --allow-partial says: " + "; ".join(problems))
+    if not usable.any():
+        raise UserError("no film is left to work with")
+    return usable.to_numpy()

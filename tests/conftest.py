@@ -3,12 +3,11 @@
 import functools
 import importlib
 import os
-import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; pytest-xdist uses the other core
 
@@ -16,15 +15,16 @@ import kernels
 import matplotlib
 import numpy as np
 import pytest
+import scripts
 import torch
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = scripts.PROJECT
 sys.path.insert(0, str(PROJECT))
 matplotlib.use("Agg")  # in the tests only; in the scripts it would empty the Plots pane
 torch.set_num_threads(1)
 
 common = importlib.import_module("common")
-prepare = importlib.import_module("01_prepare_data")
+prepare = scripts.definitions("01_prepare_data")
 SMALL = {"source": "phantom", "patients": 24, "phantom_size": 256, "size": "128x72"}
 
 
@@ -48,10 +48,7 @@ def run_main(name, **settings):
     A UserError, or whatever else ends the script, is raised here. What the script takes from
     common and from earlier steps can be replaced with monkeypatch.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(PROJECT / name), *flags(**settings)])
-        patch.setattr(sys, "excepthook", sys.excepthook)  # the script sets its own
-        return SimpleNamespace(**runpy.run_path(sys.argv[0], run_name="__main__"))
+    return scripts.run(PROJECT / name, *flags(**settings))
 
 
 @functools.lru_cache(maxsize=None)
@@ -63,15 +60,18 @@ def compiled_cells(path):
 def prepare_data(typed=None, path=PROJECT / "01_prepare_data.py", times=1, **settings):
     """Run step 1 cell by cell; return what it prepared.
 
-    `typed` maps the start of a title to code that is typed after that cell. Cells that only look
-    are left out, for drawing takes most of the time.
+    `typed` maps the start of a title to code that is typed after that cell. Nothing is drawn, which
+    takes most of the time.
     """
     space, typed = {"__name__": "__main__", "__file__": str(path)}, dict(typed or {})
+    drawn = mock.MagicMock(), [mock.MagicMock()] * 99
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", list(sys.path))
         patch.setattr(common, "command_line", lambda kind, description: kind(**settings))
+        patch.setattr(common, "draw_films", lambda *arguments, **options: drawn)
+        patch.setattr(common, "show", lambda figure, path=None, title="": None)
         for title, code in compiled_cells(path):
-            for _ in range(0 if title.startswith("Look") else times):
+            for _ in range(0 if title.startswith(("Six films", "What was prepared")) else times):
                 exec(code, space)
             exec(typed.pop(title.split(":")[0], ""), space)
     assert not typed, f"no such cells: {typed}"

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import scripts
 import torch
 from torch.nn import functional as F
 from torchvision.models import ResNet18_Weights, resnet18
@@ -20,7 +21,7 @@ from common import BENIGN, CLASS_NAMES, MALIGNANT, NORMAL, UserError
 
 data = importlib.import_module("02_dataset")
 network = importlib.import_module("03_model")
-training = importlib.import_module("04_train")
+training = scripts.definitions("04_train")
 CHOSEN = ResNet18_Weights.IMAGENET1K_V1
 
 
@@ -56,13 +57,15 @@ def test_batches_cover_every_film_once_in_order(phantoms):
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_share_every_batch_without_overlap_and_take_equally_many_steps(phantoms, size):
     dataset, orders = data.MammogramDataset(phantoms, np.arange(40, 3, -1)), []
-    plan = training.Settings(batch_size=4)
+    settings = training.Settings(batch_size=4)
     for seed in (0, 1):
         samplers = [
             torch.utils.data.RandomSampler(dataset, generator=generator(seed)) for _ in range(size)
         ]
         states = [
-            SimpleNamespace(train_films=dataset, plan=plan, sampler=sampler, rank=rank, count=size)
+            SimpleNamespace(
+                train_films=dataset, settings=settings, sampler=sampler, rank=rank, count=size
+            )
             for rank, sampler in enumerate(samplers)
         ]
         steps = [[rows for _, _, rows in training.epoch_batches(state)] for state in states]
@@ -378,8 +381,8 @@ def test_state_dict_of_torchvision_goes_in_and_comes_out_unchanged(rgb, weights_
 
 def begun(weights_file, **changes):
     """Return the model and the optimiser that step 4 begins a fold with."""
-    plan = training.Settings(device="cpu", lr_patience=1, **changes)
-    return training.network_and_optimizer(plan, network.load_weights(str(weights_file)))[:2]
+    settings = training.Settings(device="cpu", **changes)
+    return training.network_and_optimizer(settings, network.load_weights(str(weights_file)), 1)[:2]
 
 
 @pytest.mark.parametrize("recipe", ["plain", "lesion"])

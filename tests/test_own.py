@@ -11,6 +11,7 @@ import conftest
 import numpy as np
 import pandas as pd
 import pytest
+import scripts
 import torch
 from conftest import prepare, prepare_data, run_main
 from PIL import Image
@@ -20,7 +21,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 import common
 from common import MALIGNANT, NORMAL
 
-network, training = (importlib.import_module(name) for name in ("03_model", "04_train"))
+network, training = importlib.import_module("03_model"), scripts.definitions("04_train")
 
 
 def film(seed=0, side="left", size=128):
@@ -39,7 +40,7 @@ def table(home, text, encoding="utf-8", name="mine.csv"):
 
 def labels_of(home, text, classes="", **options):
     """Read a table of labels, without a folder."""
-    return prepare.read_own_labels(table(home, text, **options), None, classes)
+    return common.read_own_labels(table(home, text, **options), None, classes)
 
 
 def saved(home, films, header="image,label,patient", rows=None):
@@ -83,10 +84,10 @@ def test_1_a_second_column_that_names_the_class_may_not_contradict(home):
     text = "image,label,pathology,patient\na,{},BENIGN,p1\nb,{},MALIGNANT,p1\nc,{},x,p2\n"
     ours, theirs = (text.format(*codes) for codes in ("021", "120"))
     assert labels_of(home, ours)["label"].tolist() == [0, 2, 1]
-    assert '"pathology" contradict in line 2' in refused(labels_of, home, theirs)
+    assert '"pathology" contradict in line: 2' in refused(labels_of, home, theirs)
     text = "image,class,pathology,age\na,0,cancer,1\nb,1,cancer,0\n"
     refusal = refused(labels_of, home, text, "0=normal,1=malignant,cancer=malignant")
-    assert '"pathology" contradict in line 2' in refusal
+    assert '"pathology" contradict in line: 2' in refusal
 
 
 def test_1_two_classes_are_enough_and_the_third_is_said_to_be_absent(home, monkeypatch, capsys):
@@ -175,9 +176,9 @@ def test_4_a_table_is_read_however_it_was_saved(home, text, encoding):
 
 def test_4_lines_are_counted_with_blank_ones_and_a_workbook_is_named(home):
     text = "\n\nimage,label\n\na,benign\n\nb,what\n"
-    assert "in line 7" in refused(labels_of, home, text)
+    assert "In line: 7" in refused(labels_of, home, text)
     (home / "mine.xlsx").write_bytes(b"PK\3\4")
-    assert "save it as CSV" in refused(prepare.read_own_labels, home / "mine.xlsx")
+    assert "save it as CSV" in refused(common.read_own_labels, home / "mine.xlsx")
 
 
 def test_5_films_lie_in_subfolders_and_only_a_known_suffix_is_cut_off(home):
@@ -189,17 +190,20 @@ def test_5_films_lie_in_subfolders_and_only_a_known_suffix_is_cut_off(home):
     }
     rows = ["p1\\L.png,benign,1", "scans/p2/l,normal,2", "1.3.6.1.4.11,normal,3", "P1.L,benign,4"]
     choice = saved(home, films, rows=rows)
-    found = prepare.read_own_labels(choice["labels"], home / "scans")
+    files = common.list_files(home / "scans")
+    found = common.read_own_labels(choice["labels"], files)
     assert found["image"].tolist() == ["p1/L", "scans/p2/l", "1.3.6.1.4.11", "P1.L"]
-    paths = prepare.match_films(found, home / "scans")
+    paths, extra = common.match_films(found, files)
     assert {i: p.relative_to(home / "scans").as_posix() for i, p in paths.items()} == {
         "p1/L": "p1/L.png", "scans/p2/l": "p2/L.png", "1.3.6.1.4.11": "1.3.6.1.4.11.png",
         "P1.L": "P1.L.PNG",
     }  # fmt: skip
     vague = pd.DataFrame({"image": ["L"]})
-    assert "could be meant by L" in refused(prepare.match_films, vague, home / "scans")
+    message = refused(common.match_films, vague, files)
+    assert "several films could be meant" in message and message.endswith(" by: L")
     elsewhere = pd.DataFrame({"image": ["p3/L", "P1.L"]})  # p3/L is neither p1's nor p2's
-    assert set(prepare.match_films(elsewhere, home / "scans")) == {"P1.L"}
+    found, extra = common.match_films(elsewhere, files)
+    assert set(found) == {"P1.L"} and extra == ["1.3.6.1.4.11", "p1/L", "p2/L"]
 
 
 def test_5_films_below_linked_folders_are_found_and_accents_are_equal(home, capsys):
@@ -209,12 +213,12 @@ def test_5_films_below_linked_folders_are_found_and_accents_are_equal(home, caps
     (home / "scans" / "b.png").rename(home / "elsewhere" / "b.png")
     (home / "scans" / "linked").symlink_to(home / "elsewhere")
     (home / "scans" / "linked" / "back").symlink_to(home / "scans")  # must not be walked for ever
-    found = prepare.match_films(pd.DataFrame({"image": ["l\u00eb/a", "linked/b"]}), home / "scans")
-    assert len(found) == 2 and len(common.film_paths(home / "scans")) == 2
-    assert len(prepare.stock_of(home / "scans")) == 2
+    files = common.list_files(home / "scans")
+    found, _ = common.match_films(pd.DataFrame({"image": ["l\u00eb/a", "linked/b"]}), files)
+    assert len(found) == len(files) == 2 and set(files["kind"]) == {"film"}
 
 
-def test_5_other_films_of_the_same_size_and_time_are_not_taken_for_the_old_ones(home, capsys):
+def test_5_other_films_of_the_same_size_and_time_are_not_taken_for_the_old_ones(home):
     def written(first):
         choice = saved(home, {f"f{n:02d}.bmp": film(first + n) for n in range(12)})
         for path in (home / "scans").iterdir():
@@ -223,7 +227,6 @@ def test_5_other_films_of_the_same_size_and_time_are_not_taken_for_the_old_ones(
 
     before = np.array(prepare_data(**written(0)).films)
     assert np.array_equal(prepare_data(**written(0)).films, before)
-    assert "12 films are up to date" in capsys.readouterr().out
     assert (prepare_data(**written(40)).films != before).any(axis=(1, 2)).all()
 
 
@@ -297,8 +300,8 @@ def test_6_findings_are_circles_or_boxes_and_checked(home, capsys):
     assert rows == [["f00", "B", 30, 65, 15], ["f02", "M", 30, 55, 10]]
     assert prepared.findings["canvas_radius"].between(4, 16).all()
     assert prepared.labels["findings"].tolist() == [1, 0, 1] + [0] * 9
-    for row, what in {"f01,30,60,5,": "contradicts in line 2", "f00,30,60,5,M": "contradicts",
-                      "lost,30,60,5,": "no label in line 2", "f00,30,60,0,": "no circle",
+    for row, what in {"f01,30,60,5,": "contradicts in line: 2", "f00,30,60,5,M": "contradicts",
+                      "lost,30,60,5,": "no label in line: 2", "f00,30,60,0,": "no circle",
                       "f00,x,60,3,": "no circle", "f00,30,60,5,4": "severity",
                       'f00,"1,020",60,3,': "no circle", "f00,30,60,inf,": "no circle",
                       'f00,1.040,"10,5",3,': "with commas and others with points",
@@ -348,23 +351,23 @@ def test_8_a_side_that_contradicts_the_film_is_named_and_a_swapped_column_too(ho
     table_of.write_text(table_of.read_text().replace(",left,", ",L,"))  # by hand
     assert "laterality other than right, left" in refused(common.load_prepared, "own")
     changed = {"Read the labels": "labels['laterality'] = 'up'"}
-    assert "laterality up" in refused(prepare_data, changed, **saved(home, many()))
+    assert "laterality: up" in refused(prepare_data, changed, **saved(home, many()))
     lateral = "image,label,patient,view\na,benign,1,CC\nb,normal,2,LAT\n"
-    assert "laterality LAT" in refused(labels_of, home, lateral)
+    assert "laterality: LAT" in refused(labels_of, home, lateral)
 
 
 def test_9_what_is_turned_upside_down_or_double_is_named():
     upright, right = common.phantom_film(0, 2, 256)[0], common.phantom_film(0, 1, 256)[0]
-    assert prepare.oddities(upright, "left") == prepare.oddities(right, "") == []
+    assert common.oddities(upright, "left") == common.oddities(right, "") == []
     for picture, what in [
         (np.rot90(upright), "turned by 90"), (np.rot90(upright, 3), "turned by 90"),
         (upright[::-1], "upside down"), (np.hstack([right, upright]), "both breasts"),
         (np.hstack([upright, right]), "both breasts"),
     ]:  # fmt: skip
-        assert what in " ".join(prepare.oddities(np.ascontiguousarray(picture), "")), what
+        assert what in " ".join(common.oddities(np.ascontiguousarray(picture), "")), what
     line = np.zeros((128, 128), np.uint8)
     line[10:60, 64] = 255
-    assert prepare.oddities(line, "left") == ["fewer than 32 grey levels"]
+    assert common.oddities(line, "left") == ["fewer than 32 grey levels"]
 
 
 def test_a_film_of_too_many_pixels_is_named_and_its_grey_levels_are_not_counted(home, monkeypatch):
@@ -388,7 +391,7 @@ def test_10_the_grey_scale_is_the_sets_and_hangs_on_no_pixel(home, capsys):
     prepared = prepare_data(**saved(home, films))
     assert set(prepared.table["bits"]) == {12}
     for n in range(12):
-        canvas, _, _ = prepare.place_film(film(n) // (4 if n == 3 else 1), "left", (64, 64))
+        canvas, _, _ = common.place_film(film(n) // (4 if n == 3 else 1), "left", (64, 64))
         assert np.abs(canvas.astype(int) - prepared.films[n])[2:, 2:].mean() < 1.5, n
     films["f11.png"] = deep(film(11), 16)
     prepare_data(**saved(home, {name: films[name] for name in ("f00.png", "f04.png", "f11.png",
@@ -516,7 +519,7 @@ def test_17_an_implant_costs_no_tissue(noise, radius):
     implant = np.hypot((x - 0.15) / radius, (y - 0.5) / radius) < 1
     picture = np.where(implant, 240, np.where(inside, 22, 0))
     picture += np.random.default_rng(0).integers(0, noise + 1, inside.shape)
-    mask = prepare.find_breast(picture.clip(0, 255).astype(np.uint8), "left")
+    mask = common.find_breast(picture.clip(0, 255).astype(np.uint8), "left")["outline"]
     assert mask[inside].mean() > 0.97
 
 
@@ -617,7 +620,9 @@ def test_18_a_table_that_contradicts_the_headers_is_named(home, capsys):
 def small(monkeypatch):
     """Let the network be a small one."""
     monkeypatch.setattr(network, "resnet18", lambda weights=None: ResNet(BasicBlock, [1] * 4))
-    monkeypatch.setattr(common, "show", lambda figure, path=None: training.plt.close(figure))
+    monkeypatch.setattr(
+        common, "show", lambda figure, path=None, title="": training.plt.close(figure)
+    )
 
 
 def test_19_other_networks_are_refused_and_wrappers_taken_off(home, small):
@@ -643,8 +648,8 @@ def test_20_a_run_begins_with_another_and_a_leak_is_refused(home, small, capsys)
     second = run_main("04_train.py", run="second", source="own", weights="first", validation=0.5,
                       **quick)  # fmt: skip
     assert "fold 0 of run first (phantom; none" in capsys.readouterr().out
-    begun = second.beginning[0][0].state_dict()
-    before = first.model.state_dict()
+    begun = second.model.state_dict()
+    before = first.trained_model.state_dict()
     assert all(torch.equal(begun[name].cpu(), before[name].cpu()) for name in before)
     record = common.read_json(second.run_folder / "settings.json")
     assert record["weights_used"].startswith("run first (phantom; none")
@@ -672,7 +677,7 @@ def test_20_a_run_begins_with_another_and_a_leak_is_refused(home, small, capsys)
 
 
 def test_21_and_22_values_typed_in_a_cell_patterns_and_folders(home, monkeypatch):
-    assert prepare.canvas_size((512, 288), "own") == prepare.canvas_size("512x288", "own")
+    assert common.canvas_size((512, 288), "own") == common.canvas_size("512x288", "own")
     folds = pd.DataFrame({"fold": [0, 1, 2]})
     assert training.data.named_folds(1, folds) == [1]
     monkeypatch.setenv("HOME", str(home))
@@ -746,7 +751,7 @@ def test_25_whole_images_of_another_modality_and_masks_left_out(home, small, cap
 
 def test_of_48_films_eight_bad_ones_are_read_right_or_named(home, capsys):
     common.make_phantoms(_made(home / "raw"), 24, 0, 256)
-    labels, _ = prepare.read_mias(home / "raw", None)
+    labels, _ = prepare.read_mias(home / "raw", common.list_files(home / "raw"), None)
     scans = _made(home / "scans")
     right = {i: np.asarray(Image.open(home / "raw" / f"{i}.pgm")) for i in labels["image"]}
     for image, pixels in right.items():
@@ -773,7 +778,7 @@ def test_of_48_films_eight_bad_ones_are_read_right_or_named(home, capsys):
     index = {image: n for n, image in enumerate(prepared.labels["image"])}
     for image in set(right) - {bad[5], bad[6]}:
         side = labels.set_index("image")["laterality"][image]
-        canvas = prepare.place_film(right[image], side, (128, 72))[0].astype(int)
+        canvas = common.place_film(right[image], side, (128, 72))[0].astype(int)
         assert np.abs(canvas - prepared.films[index[image]]).mean() < 4, image
     for image, what in {bad[2]: "negative", bad[5]: "both breasts", bad[6]: "64 px"}.items():
         assert any(what in line and image in line for line in said.splitlines()), said

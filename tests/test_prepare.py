@@ -132,13 +132,13 @@ def test_mias_findings_are_counted_by_type_and_radius(info):
 
 
 def test_every_mias_film_is_the_distributed_one_and_lies_as_its_number_says(mias):
-    known = {image: digest for digest, image in prepare.known_digests().items()}
+    known = {image: digest for digest, image in common.known_digests().items()}
     assert len(known) == len(mias.table) == mias.table["digest"].nunique() == 322
     assert (mias.table["digest"].str[:6] == mias.table["image"].map(known)).all()
     assert (mias.table["mirrored"] == (mias.labels["laterality"] == "right")).all()
     wrong = []
     for path, laterality in zip(common.film_paths(mias.folder / "raw"), mias.labels["laterality"]):
-        if prepare.guess_laterality(common.read_film(path)) != laterality:
+        if common.guess_laterality(common.read_film(path)) != laterality:
             wrong.append(path.stem)
     assert wrong == ["mdb151", "mdb152"]  # the breast fills the film
 
@@ -276,9 +276,9 @@ def test_any_valid_table_comes_back_as_it_was_written(films, blank):
 @some
 @given(*[st.integers(1, 2000)] * 4, st.booleans(), st.floats(0.05, 4), *[st.floats(0, 1)] * 2)
 def test_a_point_goes_to_the_canvas_and_back(top, left, height, width, mirrored, scale, u, v):
-    geometry = prepare.Geometry(4000, 4000, top, left, height, width, mirrored, scale)
+    geometry = common.Geometry(4000, 4000, top, left, height, width, mirrored, scale)
     x, y = left + u * (width - 1), top + v * (height - 1)
-    on_canvas = prepare.film_to_canvas(x, y, geometry)
+    on_canvas = common.film_to_canvas(x, y, geometry)
     back = [(side + 0.5) / scale - 0.5 for side in on_canvas]
     back[0] = width - 1 - back[0] if mirrored else back[0]
     assert np.allclose((back[0] + left, back[1] + top), (x, y), atol=1e-6)
@@ -294,18 +294,18 @@ def test_a_bright_dot_turns_up_where_the_geometry_says(x, y, side):
     x += 5
     if side == "right":
         film, x = film[:, ::-1].copy(), 255 - x
-    canvas, geometry, mask = prepare.place_film(film, side, (128, 72))
+    canvas, geometry, mask = common.place_film(film, side, (128, 72))
     assert geometry.mirrored == (side == "right") and mask[y, x]
     weight = np.maximum(canvas.astype(float) - 110, 0)
     rows, columns = np.indices(canvas.shape)
     found = (columns * weight).sum() / weight.sum(), (rows * weight).sum() / weight.sum()
-    assert np.allclose(found, prepare.film_to_canvas(x, y, geometry), atol=0.5)
+    assert np.allclose(found, common.film_to_canvas(x, y, geometry), atol=0.5)
 
 
 @pytest.mark.parametrize("film", [np.zeros((128, 128)), np.full((128, 128), 255)], ids=str)
 def test_a_film_of_one_grey_has_no_breast(film):
     with pytest.raises(ValueError, match="no breast found"):
-        prepare.place_film(film.astype(np.uint8), "left", (64, 64))
+        common.place_film(film.astype(np.uint8), "left", (64, 64))
 
 
 # ---------------------------------------------------------------------- (d) reading films
@@ -378,7 +378,7 @@ def test_a_missing_empty_cut_or_foreign_film_is_named(tmp_path, data, name):
 def test_own_labels_are_names_or_numbers_and_no_patient_column_is_said(home, capsys, labels):
     text = "".join(f"{n}.png,{label}\n" for n, label in enumerate(labels.split(",")))
     (home / "mine.csv").write_text("Image, LABEL\n" + text, encoding="utf-8-sig")
-    table = prepare.read_own_labels(home / "mine.csv")
+    table = common.read_own_labels(home / "mine.csv")
     assert table["label"].tolist() == [0, 1, 2] and table["patient"].tolist() == ["0", "1", "2"]
     assert "no patient column" in capsys.readouterr().err
 
@@ -393,34 +393,34 @@ def test_that_there_is_no_patient_column_is_said_once(home, capsys):
     "text, complaints",
     [
         ("image,colour\na.png,0\n", ["lacks the column label", "colour"]),
-        ("image,label\na.png,benign\nb.png,\n", ["line 3"]),
-        ("image,label\na.png,NaN\n", ["line 2"]),
-        ("image,label\n,normal\n", ["line 2"]),
-        ("image,label\na.png,cancer\n", ["line 2", "cancer", "malignant"]),
+        ("image,label\na.png,benign\nb.png,\n", ["line: 3"]),
+        ("image,label\na.png,NaN\n", ["line: 2"]),
+        ("image,label\n,normal\n", ["line: 2"]),
+        ("image,label\na.png,cancer\n", ["line: 2", "cancer", "malignant"]),
         ("image,label\na.png,3\n", ["the numbers 3", "--classes"]),
-        ("image,label\na.png,benign\na.tif,benign\n", ["names a.tif twice"]),
-        ("image,label\na.png,benign\nA.png,benign\n", ["names A.png twice"]),
+        ("image,label\na.png,benign\na.tif,benign\n", ["names films twice", "are: a.tif"]),
+        ("image,label\na.png,benign\nA.png,benign\n", ["names films twice", "are: A.png"]),
         ("image,label,Label\na,0,1\n", ["has a column twice"]),
-        ("image,label\na,0,p1\nb,1,p2\n", ["cannot be read", "line 2, 3"]),
+        ("image,label\na,0,p1\nb,1,p2\n", ["cannot be read", "line: 2, 3"]),
         ("image label\na 0\n", ["lacks the column image and label", "image label"]),
-        ("image,label,patient\na.png,benign,\n", ["no patient in line 2"]),
+        ("image,label,patient\na.png,benign,\n", ["no patient in line: 2"]),
         ("image,label,laterality\na.png,benign,up\n", ["laterality", "up"]),
         ("image,label\n", ["mine.csv"]),
         ("", ["no rows", "mine.csv"]),
         ("\n", ["no rows", "mine.csv"]),
-        ("image,label,-,-\na,benign,Normal,b\n", ['column "-" contradict in line 2']),
+        ("image,label,-,-\na,benign,Normal,b\n", ['column "-" contradict in line: 2']),
     ],
 )
 def test_own_labels_that_make_no_sense_are_refused_and_named(home, text, complaints):
     (home / "mine.csv").write_text(text, encoding="utf-8")
-    message = refused(prepare.read_own_labels, home / "mine.csv")
+    message = refused(common.read_own_labels, home / "mine.csv")
     assert all(complaint in message for complaint in complaints), message
 
 
 def test_blanks_make_no_second_patient_and_capitals_no_other_side(home):
     rows = ["a,benign,p1 ,Right", "b,normal, P01,L"]
     (home / "mine.csv").write_text("image,label,patient,laterality\n" + "\n".join(rows))
-    table = prepare.read_own_labels(home / "mine.csv")
+    table = common.read_own_labels(home / "mine.csv")
     assert table["patient"].nunique() == 1
     assert table["laterality"].tolist() == ["right", "left"]
 
@@ -484,7 +484,8 @@ def test_missing_extra_and_broken_films_are_named_and_left_out_if_allowed(home, 
 def test_a_broken_first_film_is_left_out_if_allowed(home):
     common.make_phantoms(_made(home / "raw"), 12, 0, 128)
     (home / "raw" / "mdb001.pgm").write_bytes(b"")
-    labels, findings = prepare.read_mias(home / "raw", prepare.Settings())
+    files = common.list_files(home / "raw")
+    labels, findings = prepare.read_mias(home / "raw", files, prepare.Settings())
     assert len(labels) == 24 and findings["y"].dropna().between(0, 127).all()
 
 
@@ -494,12 +495,12 @@ def test_a_broken_first_film_is_left_out_if_allowed(home):
 def checked(images, digests, allow_partial=False):
     """Run check_films on usable films that are all labelled."""
     films = pd.DataFrame({"image": images, "digest": digests, "problem": ""})
-    missing = sorted({*prepare.known_digests().values()} - {*images})
-    prepare.check_films("mias", films, missing, allow_partial)
+    missing = sorted({*common.known_digests().values()} - {*images})
+    common.check_films("mias", films, missing, allow_partial)
 
 
 def test_renamed_double_missing_and_foreign_films_are_named(capsys):
-    digests, images = map(list, zip(*prepare.known_digests().items()))
+    digests, images = map(list, zip(*common.known_digests().items()))
     checked(images, digests)
     assert capsys.readouterr().err == ""
     swapped = [images[1], images[0], *images[2:]]
@@ -515,7 +516,7 @@ def test_renamed_double_missing_and_foreign_films_are_named(capsys):
 
 
 def test_a_circle_off_the_breast_is_put_aside_and_one_cut_by_the_crop_is_named(capsys):
-    canvas, geometry, _ = prepare.place_film(breast(), "left", (64, 64))
+    canvas, geometry, _ = common.place_film(breast(), "left", (64, 64))
     table = pd.DataFrame([{"image": "mdb002", **geometry._asdict()}])
     columns = ["image", "type", "severity", "x", "y", "radius"]
     rows = [("mdb002", "CIRC", "B", 120, 5, 3), ("mdb002", "CIRC", "M", 30, 64, 9)]
@@ -565,11 +566,11 @@ def packed(raw, path, inside=""):
 @pytest.mark.parametrize("inside", ["", "MIAS/all films/"])
 def test_an_archive_is_unpacked_whole_whatever_its_kind_and_folders(raw, home, name, inside):
     archive = packed(raw, home / name, inside)
-    folder = prepare.extract(archive, home / "data" / "raw")
+    folder = common.extract(archive, home / "data" / "raw")
     for path in raw.iterdir():
         assert (folder / path.name).read_bytes() == path.read_bytes()
     before = folder.stat().st_mtime_ns
-    assert prepare.extract(archive, folder).stat().st_mtime_ns == before
+    assert common.extract(archive, folder).stat().st_mtime_ns == before
     assert [path.name for path in folder.parent.iterdir()] == ["raw"]
 
 
@@ -583,7 +584,7 @@ def test_a_member_that_leads_outside_or_is_a_bomb_is_refused(home, name, size, k
     member = tarfile.TarInfo(name)
     member.type, member.linkname, member.size = kind, "/etc/hostname", size
     (home / "a.tar").write_bytes(member.tobuf() + b"film".ljust(512, b"\0") + bytes(1024))
-    assert complaint in refused(prepare.extract, home / "a.tar", home / "data" / "raw")
+    assert complaint in refused(common.extract, home / "a.tar", home / "data" / "raw")
     assert list((home / "data").iterdir()) == [] and not (home / "a.pgm").exists()
 
 
@@ -592,7 +593,7 @@ def test_a_zip_that_leads_outside_or_holds_a_film_twice_is_refused(home, names):
     with zipfile.ZipFile(home / "a.zip", "w") as file:
         for name in names.split():
             file.writestr(name, b"film")
-    message = refused(prepare.extract, home / "a.zip", home / "data" / "raw")
+    message = refused(common.extract, home / "a.zip", home / "data" / "raw")
     assert "not allowed" in message or "a.pgm twice" in message
     assert list((home / "data").iterdir()) == []
 
@@ -601,7 +602,7 @@ def test_a_zip_made_on_a_mac_gives_the_films_alone(raw, home):
     packed(raw, home / "a.zip")
     with zipfile.ZipFile(home / "a.zip", "a") as file:
         file.writestr("__MACOSX/._mdb001.pgm", b"\0\5\x16\7")
-    folder = prepare.extract(home / "a.zip", home / "data" / "raw")
+    folder = common.extract(home / "a.zip", home / "data" / "raw")
     names = [path.stem for path in common.film_paths(folder)]
     assert names == [f"mdb{n:03d}" for n in range(1, 25)]
 
@@ -615,13 +616,13 @@ def test_a_damaged_archive_is_refused_and_named(raw, home, name, damage):
     noise = bytes(255 - byte for byte in data[half : half + 99])
     changed = {"cut": data[:half], "flipped": data[:half] + noise + data[half + 99 :]}
     archive.write_bytes({**changed, "text": b"<html>404</html>" * 99, "empty": b""}[damage])
-    message = refused(prepare.extract, archive, home / "data" / "raw")
+    message = refused(common.extract, archive, home / "data" / "raw")
     assert str(archive) in message and "damaged" in message
     assert list((home / "data").iterdir()) == []
 
 
 def test_an_archive_with_a_password_or_without_films_is_refused_and_the_old_films_stay(raw, home):
-    folder = prepare.extract(packed(raw, home / "good.tar"), home / "data" / "raw")
+    folder = common.extract(packed(raw, home / "good.tar"), home / "data" / "raw")
     old = sorted(folder.iterdir())
     data = bytearray(packed(raw, home / "secret.zip").read_bytes())
     data[6] = data[data.index(b"PK\1\2") + 8] = 1  # the flag of an encrypted member
@@ -634,28 +635,28 @@ def test_an_archive_with_a_password_or_without_films_is_refused_and_the_old_film
         ("secret.zip", "encrypted"),
         *[(f"{n}", "holds no film") for n in ("empty.zip", "empty.tar", "text.zip")],
     ]:
-        message = refused(prepare.extract, home / name, folder)
+        message = refused(common.extract, home / name, folder)
         assert str(home / name) in message and reason in message
         assert sorted(folder.iterdir()) == old and list(folder.parent.iterdir()) == [folder]
 
 
 def test_an_archive_that_changed_under_its_name_and_size_is_unpacked_again(raw, home):
     archive = packed(raw, home / "a.tar")
-    folder = prepare.extract(archive, home / "data" / "raw")
+    folder = common.extract(archive, home / "data" / "raw")
     text = (folder / "Info.txt").read_bytes()
     other = text.replace(b"CIRC B", b"CIRC M")
     archive.write_bytes(archive.read_bytes().replace(text, other))
     os.utime(archive, ns=(0, 0))
-    prepare.extract(archive, folder)
+    common.extract(archive, folder)
     assert (folder / "Info.txt").read_bytes() == other != text
 
 
 def test_a_missing_archive_or_foreign_files_in_the_way_are_named(raw, home):
-    assert "nowhere.tar" in refused(prepare.extract, home / "nowhere.tar", home / "data" / "raw")
+    assert "nowhere.tar" in refused(common.extract, home / "nowhere.tar", home / "data" / "raw")
     folder = _made(home / "data" / "raw")
     (folder / "thesis.txt").write_text("mine")
     archive = packed(raw, home / "a.tar")
-    assert "not ours" in refused(prepare.extract, archive, folder)
+    assert "not ours" in refused(common.extract, archive, folder)
     assert (folder / "thesis.txt").read_text() == "mine"
 
 
@@ -674,7 +675,7 @@ def finished(tmp_path_factory):
 
     def find_mias():
         start = time.monotonic()
-        return refused(prepare.find_films, strict), time.monotonic() - start
+        return refused(common.find_films, strict), time.monotonic() - start
 
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
@@ -687,7 +688,7 @@ def finished(tmp_path_factory):
         said = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         pool = stack.enter_context(ThreadPoolExecutor(4))
         jobs = {"silent mias": pool.submit(find_mias)}
-        jobs["silent auto"] = pool.submit(prepare.find_films, auto)
+        jobs["silent auto"] = pool.submit(common.find_films, auto)
         jobs["bad path"] = pool.submit(run_script, *wrong, BCD_DATA_DIR=home / "scripts")
         jobs = {key: job.result() for key, job in jobs.items()}
         return {**jobs, "said": said.getvalue()}
@@ -731,63 +732,49 @@ def mirror(raw, home, monkeypatch):
 
 
 def test_the_database_is_downloaded_once_and_its_licence_shown(mirror, raw, capsys):
-    source, folder = prepare.find_films(prepare.Settings())
-    assert source == "mias" and len(common.film_paths(folder)) == 24
+    source, folder, files = common.find_films(prepare.Settings())
+    assert source == "mias" and files["kind"].value_counts().to_dict() == {"film": 24, "text": 1}
     assert "research purposes only" in capsys.readouterr().out
     mirror.data = b""
-    assert prepare.find_films(prepare.Settings()) == ("mias", folder)
+    assert common.find_films(prepare.Settings())[:2] == ("mias", folder)
     assert "looking" not in capsys.readouterr().out
 
 
-def test_a_connection_that_breaks_off_once_is_tried_again(mirror, home, monkeypatch):
-    said = []
-
-    def mend(message):
-        said.append(message)
-        mirror.healthy = True
-
-    monkeypatch.setattr(common, "warn", mend)
+def test_a_connection_that_breaks_off_leaves_nothing_in_the_way(mirror, home):
     mirror.healthy = False
-    path = prepare.download(os.environ["MIAS_URL"], home / "all-mias.tar.gz")
-    assert path.read_bytes() == mirror.data
-    assert len(said) == 1 and "broke off" in said[0]
-
-
-def test_a_connection_that_breaks_off_twice_leaves_nothing_in_the_way(mirror, home):
-    mirror.healthy = False
-    message = refused(prepare.find_films, prepare.Settings(source="mias"))
+    message = refused(common.find_films, prepare.Settings(source="mias"))
     assert os.environ["MIAS_URL"] in message and "--archive" in message
     assert list((home / "data" / "mias").glob("*")) == []
     mirror.healthy = True
-    assert prepare.find_films(prepare.Settings(source="mias"))[0] == "mias"
+    assert common.find_films(prepare.Settings(source="mias"))[0] == "mias"
 
 
 def test_a_download_that_is_no_archive_is_not_kept(mirror, home):
     good, mirror.data = mirror.data, b"<html>please log in</html>" * 99
-    refused(prepare.find_films, prepare.Settings(source="mias"))
+    refused(common.find_films, prepare.Settings(source="mias"))
     mirror.data = good
-    assert prepare.find_films(prepare.Settings(source="mias"))[0] == "mias"
+    assert common.find_films(prepare.Settings(source="mias"))[0] == "mias"
 
 
 @pytest.mark.parametrize(
-    "writer", ["shutil.copyfileobj", "os.fsync", "01_prepare_data.download_url"]
+    "writer", ["shutil.copyfileobj", "os.fsync", "torch.hub.download_url_to_file"]
 )
 def test_a_full_disk_is_no_failed_download_and_no_reason_for_phantoms(mirror, home, writer):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(*patched(writer, OSError(errno.ENOSPC, "No space left on device")))
-        message = refused(prepare.find_films, prepare.Settings())
+        message = refused(common.find_films, prepare.Settings())
     assert "the disk is full" in message and str(home / "data" / "mias") in message
     left = [path.name for path in (home / "data" / "mias").iterdir()]
     assert left in ([], ["all-mias.tar.gz"])  # the archive whole, or nothing
-    assert prepare.find_films(prepare.Settings())[0] == "mias"
+    assert common.find_films(prepare.Settings())[0] == "mias"
 
 
 def test_a_silent_server_is_known_within_15_seconds_and_phantoms_take_over_under_auto(finished):
     message, seconds = finished["silent mias"]
     assert "could not be downloaded" in message and seconds < 15
     assert "no answer" in message or "timed out" in message
-    source, folder = finished["silent auto"]
-    assert source == "phantom" and len(common.film_paths(folder)) == 24
+    source, _, files = finished["silent auto"]
+    assert source == "phantom" and (files["kind"] == "film").sum() == 24
     assert "!! NO MIAS DATABASE" in finished["said"] and "SYNTHETIC PHANTOMS" in finished["said"]
 
 
@@ -800,19 +787,20 @@ def contents(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_a_second_run_reuses_all_and_a_changed_setting_rebuilds_what_it_must(home, capsys):
+def test_a_second_run_replaces_nothing_and_a_changed_setting_what_it_must(home):
     first = prepare_data(**TINY)
     files = [path for path in first.folder.glob("*.*") if path.name != "prepared.json"]
     times = {path: path.stat().st_mtime_ns for path in files}
-    capsys.readouterr()
     start = time.perf_counter()
     again = prepare_data(**TINY)
-    assert time.perf_counter() - start < 2 and "films are up to date" in capsys.readouterr().out
-    assert len(files) >= 5 and times == {path: path.stat().st_mtime_ns for path in files}
+    assert time.perf_counter() - start < 2 and len(files) == 5
+    assert times == {path: path.stat().st_mtime_ns for path in files}
     assert again.fingerprint == first.fingerprint
     old = contents(first.folder)
     prepare_data(**{**TINY, "folds": 2})
-    assert "films are up to date" in capsys.readouterr().out
+    assert {path for path in files if path.stat().st_mtime_ns != times[path]} == {
+        first.folder / "splits.csv"
+    }
     new = contents(first.folder)
     assert {name for name in new if new[name] != old[name]} == {"splits.csv", "prepared.json"}
     wider = prepare_data(**{**TINY, "size": "64x96"})
@@ -963,7 +951,7 @@ def test_splits_with_a_patient_on_both_sides_are_refused_and_kept_all_the_same(h
     edited.to_csv(path, index=False)
     text, patient = path.read_bytes(), edited["patient"].iloc[0]
     message = refused(common.load_prepared, "phantom")
-    said = f"patients in two folds of splits.csv; their films must share one: {patient}. "
+    said = f"patients in two folds of splits.csv; their films must share one: {patient}"
     assert said in message
     assert prepare_data(**TINY).splits.equals(first.splits)
     assert (first.folder / "splits.edited-1.csv").read_bytes() == text
@@ -975,7 +963,7 @@ def test_labels_edited_by_hand_are_used_and_kept_or_refused_where_they_contradic
     n = labels.index[labels["label"] == common.NORMAL][0]
     labels.loc[n, "label"] = common.MALIGNANT
     labels.to_csv(path, index=False)
-    assert f"contradict: {labels['image'][n]}." in refused(common.load_prepared, "phantom")
+    assert f"contradict: {labels['image'][n]}" in refused(common.load_prepared, "phantom")
     labels.drop(columns="laterality").to_csv(path, index=False)
     assert "not whole ('laterality')" in refused(common.load_prepared, "phantom")
     labels.loc[n, "label_name"] = "malignant"
@@ -988,13 +976,14 @@ def test_labels_edited_by_hand_are_used_and_kept_or_refused_where_they_contradic
     assert common.read_table(kept).equals(labels)
 
 
-NEW = """def read_mine(folder, settings):
-    names = [path.stem for path in common.film_paths(folder)]
-    label = pd.Series([BENIGN, NORMAL, MALIGNANT] * 4)
+NEW = """def read_mine(folder, files, settings):
+    names = [path.stem for path in files["path"]]
+    label = pd.Series([0, 1, 2] * 4)
     labels = pd.DataFrame({"image": names, "patient": names, "laterality": "left", "tissue": "F"})
-    labels = labels.assign(label=label, label_name=label.map(dict(enumerate(CLASS_NAMES))))
-    findings = pd.DataFrame([(names[0], "CIRC", "B", 30, 64, 9)], columns=FINDINGS)
-    return labels.assign(findings=0)[LABELS], findings
+    labels = labels.assign(label=label, label_name=label.map(dict(enumerate(common.CLASS_NAMES))))
+    findings = [(names[0], "CIRC", "B", 30, 64, 9)]
+    findings = pd.DataFrame(findings, columns=common.FINDINGS)
+    return labels.assign(findings=0)[common.LABELS], findings
 
 
 READERS = {"mine": read_mine, """
@@ -1029,7 +1018,7 @@ def test_patients_are_never_split_and_every_fold_is_used(patients, folds):
         (f"{n}-{k}", str(n), c) for n, films in enumerate(patients) for k, c in enumerate(films)
     ]
     labels = pd.DataFrame(rows, columns=["image", "patient", "label"])
-    fold = prepare.deal_patients(labels, folds, 0, fewest=folds)
+    fold = common.deal_patients(labels, folds, 0, fewest=folds)
     assert fold.index.equals(labels.index)
     assert fold.groupby(labels["patient"]).nunique().max() == 1
     assert set(fold) == set(range(folds))
@@ -1044,15 +1033,15 @@ def like_mias():
 
 
 def test_folds_are_stratified_and_the_seed_alone_decides_them(like_mias):
-    fold = prepare.deal_patients(like_mias, 5, 0, fewest=5)
-    mix = pd.crosstab(fold, prepare.worst(like_mias["label"], like_mias["patient"])) / 2
+    fold = common.deal_patients(like_mias, 5, 0, fewest=5)
+    mix = pd.crosstab(fold, common.worst(like_mias["label"], like_mias["patient"])) / 2
     assert (mix.max() - mix.min()).max() <= 2, mix
-    assert fold.equals(prepare.deal_patients(like_mias, 5, 0, fewest=5))
-    assert not fold.equals(prepare.deal_patients(like_mias, 5, 1, fewest=5))
+    assert fold.equals(common.deal_patients(like_mias, 5, 0, fewest=5))
+    assert not fold.equals(common.deal_patients(like_mias, 5, 1, fewest=5))
 
 
 def test_the_parts_of_a_fold_share_no_patient_and_leave_no_film_out(like_mias):
-    splits = like_mias.assign(fold=prepare.deal_patients(like_mias, 5, 0, fewest=5))
+    splits = like_mias.assign(fold=common.deal_patients(like_mias, 5, 0, fewest=5))
     prepared = SimpleNamespace(labels=like_mias, splits=splits)
     for fold in range(5):
         parts = dataset.fold_parts(prepared, fold)
@@ -1084,8 +1073,10 @@ def test_all_five_scripts_explain_themselves(name, capsys):
 
 
 def test_an_unknown_source_is_refused_with_those_there_are(home):
-    message = refused(prepare.find_films, prepare.Settings(source="mia"))
-    assert "--source mia: expected auto, mias, phantom, own" in message
+    message = refused(common.find_films, prepare.Settings(source="mia"))
+    assert "--source mia: expected auto, mias, phantom or own" in message
+    choice = {**own_films(home), "source": "mia"}
+    assert "--source mia: expected auto, mias, phantom, own" in refused(prepare_data, **choice)
 
 
 def test_a_mistake_ends_with_one_message_and_a_status(finished, home, capsys):
@@ -1118,7 +1109,7 @@ def test_phantoms_have_the_quirks_of_the_database_and_lesions_that_can_be_seen(r
     text = (raw / "Info.txt").read_text()
     assert "NORM \n" in text and "*NOTE 3*" in text and "    mdb001" in text
     labels, findings = prepare.parse_info(text, 128)
-    worse = prepare.worst(labels["label"], labels["patient"])
+    worse = common.worst(labels["label"], labels["patient"])
     worse = worse.groupby(labels["patient"]).first().value_counts()
     assert worse.to_dict() == {0: 4, 1: 4, 2: 4} and (labels["findings"] > 1).any()
     assert findings["x"].isna().any()

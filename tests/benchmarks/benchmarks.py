@@ -14,16 +14,13 @@ Nothing else should run on the machine. What is compared runs in turns, so that 
 slows down meanwhile slows both sides, and medians are shown.
 """
 
-# %% Imports: this script finds the project's folder first, whatever the working directory is
+# %% Imports: this script finds the project and its tests first, whatever the working directory is
 import contextlib
-import importlib
 import itertools
 import json
 import multiprocessing
 import os
 import platform
-import re
-import runpy
 import subprocess
 import sys
 import time
@@ -33,11 +30,13 @@ from pathlib import Path
 from typing import Literal, Tuple
 from unittest import mock
 
+sys.path.insert(0, str(Path(globals().get("__file__", "cell")).resolve().parents[1]))
 sys.path.insert(0, str(Path(globals().get("__file__", "cell")).resolve().parents[2]))
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import scripts
 import torch
 from PIL import Image
 from torch import nn
@@ -48,8 +47,8 @@ from torchvision.transforms import v2
 import common
 from common import UserError
 
-steps = importlib.import_module("04_train")
-data, network, prepare = steps.data, steps.network, steps.data.prepare
+steps = scripts.definitions("04_train")
+data, network = steps.data, steps.network
 NAMES = ("epoch", "ordinary", "preparation", "flat", "bf16", "quality", "curve")
 
 
@@ -150,25 +149,23 @@ def below(home):
 def run_script(name, home, **flags):
     """Run a script with flags, data and runs below `home`; return its variables.
 
-    Cells that only look are left out, since pictures are not what is timed.
+    No picture is saved, since pictures are not what is timed.
     """
-    text = (common.PROJECT / name).read_text(encoding="utf-8")
-    text = re.sub(r"(?ms)^# %% Look.*?(?=^# %%|\Z)", "", text)
-    path = home / name
-    home.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    words = [str(path)]
+    words = []
     for flag, value in flags.items():
         words += [f"--{flag.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    with below(home), mock.patch.multiple(sys, argv=words, path=[*sys.path]):
-        return runpy.run_path(str(path), run_name="__main__")
+    unseen = mock.patch.object(
+        common, "show", lambda figure, path=None, title="": plt.close(figure)
+    )
+    with below(home), unseen, mock.patch.object(sys, "path", [*sys.path]):
+        return scripts.run(common.PROJECT / name, *words)
 
 
 def run_step_1(settings, home, **flags):
     """Run step 1 below `home`, in a try on few and small phantoms; return what it prepared."""
     few = {"patients": 24, "phantom_size": 256} if settings.quick else {}
     flags = {"source": settings.source, **few, **flags}
-    return run_script("01_prepare_data.py", home, **flags)["prepared"]
+    return run_script("01_prepare_data.py", home, **flags).prepared
 
 
 def prepared_films(settings, home):
@@ -212,14 +209,17 @@ def repeated(prepared, count, size, home):
     down, across = np.divide(size, prepared.films.shape[1:])
     findings["canvas_x"] *= across
     findings[["canvas_y", "canvas_radius"]] *= down
-    splits = labels[["image", "patient"]].assign(fold=prepare.deal_patients(labels, 5, 0, 1))
+    splits = labels[["image", "patient"]].assign(fold=common.deal_patients(labels, 5, 0, 1))
     tables = {"films.csv": copied(prepared.table)[:count], "labels.csv": labels,
               "findings.csv": findings, "splits.csv": splits}  # fmt: skip
     source = f"repeated-{count}-{size[0]}x{size[1]}"
     state = {"films": count, "size": size, "crop": "breast", "split_seed": 0, "note": ""}
-    prepare.save(home / source, films(), tables, state)
+    common.save_prepared(home / source, films(), tables, state)
     with below(home):
         return common.load_prepared(source)
+
+
+AT_RANDOM = network.Weights(None, "none")
 
 
 def new_state(prepared, settings, freeze, precision=None, look="auto"):
@@ -231,10 +231,10 @@ def new_state(prepared, settings, freeze, precision=None, look="auto"):
         device=settings.device,
         precision=precision or settings.precision,
     )
-    plan, _ = steps.make_plan(chosen, prepared)
-    plan = steps.plans_of_looks(plan)[-1]  # on a large canvas windows
-    parts = steps.network_and_optimizer(plan, network.Weights(None, "none"))
-    return steps.FoldState(0, plan, steps.fold_films(prepared, 0, plan), parts)
+    schedule = steps.schedule_of(steps.filled_in(chosen, prepared, AT_RANDOM))
+    look, waits = schedule.index[-1], schedule.iloc[-1]  # on a large canvas windows
+    parts = steps.network_and_optimizer(chosen, AT_RANDOM, waits["lr_patience"])
+    return steps.FoldState(0, look, chosen, waits, steps.fold_films(prepared, 0, chosen), parts)
 
 
 if __name__ == "__main__":
@@ -316,12 +316,12 @@ def bare_step(state, training):
     training the films' loss, backward, clipping and the optimiser; nothing else.
     """
     model = state.model if training else state.average.module
-    device = common.choose_device(state.plan.device)
-    dtype = common.choose_precision(state.plan.precision, device)
+    device = common.choose_device(state.settings.device)
+    dtype = common.choose_precision(state.settings.precision, device)
     films = state.train_films.films
     times = data.reduction(films) if training else state.train_films.reduce
     sides = [side // times for side in films.shape[1:]]
-    films = torch.rand(state.plan.batch_size, 1, *sides)
+    films = torch.rand(state.settings.batch_size, 1, *sides)
     films = films.to(device, memory_format=torch.channels_last)
     labels = torch.arange(len(films), device=device) % 3
 
@@ -333,7 +333,7 @@ def bare_step(state, training):
             if training:
                 state.optimizer.zero_grad(set_to_none=True)
                 nn.functional.cross_entropy(logits.float(), labels[:count]).backward()
-                nn.utils.clip_grad_norm_(model.parameters(), state.plan.max_norm)
+                nn.utils.clip_grad_norm_(model.parameters(), state.settings.max_norm)
                 state.optimizer.step()
 
     return step
@@ -362,7 +362,7 @@ def epoch_against_bare(prepared, settings):
     rows, device = [], common.choose_device(settings.device)
     most = 1.15 if device.type == "cuda" else 1.05
     kinds = ((3, "3 stages frozen"), (0, "all stages trained"))
-    looks = steps.make_plan(steps.Settings(), prepared)[0].looks
+    looks = steps.filled_in(steps.Settings(), prepared, AT_RANDOM)["looks"]
     for (freeze, stages), look in itertools.product(kinds, looks):
         name = f"{stages}, {look}" if len(looks) > 1 else stages
         state = new_state(prepared, settings, freeze, look=look)
@@ -525,9 +525,9 @@ if __name__ == "__main__" and "ordinary" in settings.only:
     results["ordinary"] = against_ordinary(films, settings)
 
 
-# %% Preparation: all cores against decoding alone in one process, and a second run
+# %% Preparation: all cores against decoding alone in one process
 def preparation(base, settings, home):
-    """Return rows: films/s of decoding alone and of step 1's film work; seconds of two runs."""
+    """Return rows: films/s of decoding alone and of step 1's film work, and of a run of step 1."""
     paths = [Path(name) for name in base.table["file"]]
     laterality = dict(zip(paths, base.labels["laterality"]))
     size = height_width(settings.size)
@@ -537,25 +537,22 @@ def preparation(base, settings, home):
 
     def film_work():
         def work(path):
-            prepare.prepare_film(path, path.stem, laterality[path], size, base.source)
+            common.prepare_film(path, laterality[path], size)
 
         return len(common.in_threads(work, paths, "film work of step 1"))
 
     speeds = race({"decode alone": decode, "film work": film_work}, settings.rounds)
     speed, ratio = speeds["film work"], speeds["film work"] / speeds["decode alone"]
     common.discard(home / base.source / "prepared.json")
-    seconds, flags = [], {"images": paths[0].parent, "size": settings.size, "allow_partial": True}
-    for _ in range(2):
-        start = time.perf_counter()
-        run_step_1(settings, home, **flags)
-        seconds.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    run_step_1(settings, home, images=paths[0].parent, size=settings.size, allow_partial=True)
+    seconds = time.perf_counter() - start
     label, name = f"film work, {os.cpu_count()} threads", "preparation"
     return [
         row(name, "PIL decode alone, one process", speeds["decode alone"], "films/s"),
         row(name, label, speed, "films/s", ratio, least=0.8 * cores()),
         row(name, "... the ratio per core", ratio / cores(), "", least=0.8),
-        row(name, "a first run of step 1", len(paths) / seconds[0], "films/s"),
-        row(name, "a second, unchanged run", seconds[1], "s", most=1),
+        row(name, "a run of step 1", len(paths) / seconds, "films/s"),
     ]
 
 
@@ -695,10 +692,10 @@ def quality(base, settings, home):
             print(f"{precision}, seed {seed}", flush=True)
             with rounded_convolutions(device):
                 done = run_script("04_train.py", home, precision=precision, seed=seed, **flags)
-            if not done["whole"]:
+            if not done.whole:
                 raise KeyboardInterrupt
-            best = done["history"].groupby("look")["val_loss"].idxmin()
-            found.append(done["history"].loc[best].assign(precision=precision, seed=seed))
+            best = done.history.groupby("look")["val_loss"].idxmin()
+            found.append(done.history.loc[best].assign(precision=precision, seed=seed))
     rows, found = [], pd.concat(found).set_index(["look", "precision", "seed"]).sort_index()
     for look, name in itertools.product(found.index.unique("look"), ("val_loss", "val_macro_f1")):
         values = found.loc[look, name]
@@ -732,7 +729,7 @@ def learning_curve(base, settings, home):
             run = f"share-{share:g}-seed-{seed}"
             run_script("04_train.py", home, run=run, fold="all", train_share=share, seed=seed,
                        overwrite=True, **flags)  # fmt: skip
-            metrics = run_script("05_evaluate.py", home, run=run)["metrics"]
+            metrics = run_script("05_evaluate.py", home, run=run).metrics
             found += [{"share": share, "seed": seed, "metric": name, **metrics.loc[name]}
                       for name in CURVES]  # fmt: skip
     return pd.DataFrame(found)
