@@ -65,6 +65,7 @@ common.say_left_out(files)
 # are the right and the left breast of patient k. The file counts y from the bottom; here it runs
 # from the top. A row that is not understood is refused, never skipped. A database of your own is
 # one function that returns its labels and findings, and one name in READERS.
+# Calcifications, circumscribed, spiculated and other masses, distortion, asymmetry.
 TYPES = "CALC CIRC SPIC MISC ARCH ASYM".split()
 
 
@@ -135,9 +136,7 @@ if source not in READERS:
 with common.in_words(folder):
     labels, findings = READERS[source](folder, files, settings)
 as_made = {"labels": labels.copy(), "findings": findings.copy()}  # what is edited below is noted
-common.table(labels["label_name"].value_counts().to_frame("films"), "films per class")
-if common.absent_classes(labels["label_name"]):
-    print(f"No film is {common.absent_classes(labels['label_name'])}; the others are enough.")
+common.table(labels[["label", "label_name"]].value_counts().to_frame("films"), "films per class")
 common.table(findings.head(8), "the first findings; x and y in px from the top left")
 
 
@@ -282,7 +281,8 @@ def place_findings(findings, films, canvases, crop="breast"):
 part = findings[findings["image"].isin(used_labels["image"])]
 placed_findings = place_findings(part, usable, canvases, settings.crop)
 as_made["placed_findings"] = placed_findings.copy()
-print(f"{placed_findings['canvas_radius'].notna().sum()} of {len(part)} findings have a circle")
+title = f"{placed_findings['canvas_radius'].notna().sum()} of {len(part)} findings have a circle"
+print(f"{title}, {part['radius'].isna().sum()} have none in the database")
 shown = used_labels.groupby("label").sample(frac=1, random_state=0).groupby("label").head(7)
 rows = dict(zip(films["image"], films.index))  # of the canvases
 shown = dict(zip(shown["image"], shown["label_name"]))
@@ -298,7 +298,7 @@ common.show(figure, common.data_dir(source) / "figures" / "films.png")
 # prepared.json, settings.json and every title: figures on edited labels are not figures on the
 # database. A labels.csv or splits.csv that was edited by hand is kept under another name.
 part = {"canvases", "splits", "placed_findings"} - {*as_made}
-common.refuse(part, "run the cells from 'Place every film' on again; not made anew are")
+common.refuse(part, "first run the cells 'Place every film' to 'Circles' without an error; missing")
 common.check_tables(used_labels, splits)
 if (used_labels["laterality"] != used_labels["image"].map(sides)).any():
     raise UserError("laterality changed: run the cell 'Place every film' and the next first")

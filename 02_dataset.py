@@ -180,13 +180,14 @@ if __name__ == "__main__":
     shown_row = int(np.argmax(dataset.images == name))
     part, (maps, _) = MammogramDataset(prepared, [shown_row])[0], dataset.lesion_maps([shown_row])
     print(f"film {tuple(part[0].shape)}, {CLASS_NAMES[part[1]]}; maps {tuple(maps.shape[1:])}")
-    pictures = [(name, part[0][0]), *zip(("benign", "malignant"), 255 * maps[0])]
+    pictures = [(name, part[0][0], maps[0].amax(0)), *zip(("benign", "malignant"), 255 * maps[0])]
     figure, axes = common.draw_films(pictures, "A film and its lesion maps", size=(6, 4))
     common.show(figure, prepared.folder / "figures" / "lesion-map.png")
 
 
 # %% Batches: every class equally often
-# The sampler draws every class equally often. Either this or class weights in the loss, not both:
+# The sampler draws every class equally often; a batch of eight may differ by chance, the next cell
+# counts an epoch. Either this or class weights in the loss, not both:
 # together they would count the rare classes twice. Whole batches come from memory, so that no
 # worker processes are needed.
 def balanced_sampler(labels, generator):
@@ -241,8 +242,7 @@ if __name__ == "__main__":
     epoch_mix = pd.DataFrame(epoch_mix, index=CLASS_NAMES)
     common.table(epoch_mix, "films of an epoch")
     options = {"figsize": (5, 3.4), "rot": 0, "color": ["#999999", "#009E73"], "ylabel": "films"}
-    title = f"An epoch of fold {chosen_fold} (n = {len(dataset)})"
-    axis = epoch_mix.plot.bar(title=title, **options)
+    axis = epoch_mix.plot.bar(title=f"An epoch, fold {chosen_fold} (n = {len(dataset)})", **options)
     common.show(axis.figure, prepared.folder / "figures" / "sampler.png")
 
 
@@ -350,8 +350,8 @@ if __name__ == "__main__":
     part = torch.from_numpy(prepared.films[[shown_row] * 8][:, None]) / 255
     options = torch.full((8,), MALIGNANT), torch.Generator().manual_seed(0), settings.augment, maps
     pictures = [("original", part[0, 0], maps[0].amax(0))]
-    for row in zip(*augment(part, *options)):
-        pictures.append((len(pictures), row[0][0], row[1].amax(0)))
+    rows = zip(*augment(part, *options))
+    pictures += [(n, row[0][0], row[1].amax(0)) for n, row in enumerate(rows, 1)]
     title = f"{dataset.images[shown_row]} under eight augmentations, its circles carried along"
     figure, axes = common.draw_films(pictures, title, size=(10, 2.6), white=1)
     common.show(figure, prepared.folder / "figures" / "augmentation.png")
@@ -427,4 +427,5 @@ if __name__ == "__main__":
     title = f"{dataset.images[shown_row]}: {prepared.films.shape[1:]} px, looked at in two ways"
     figure, axes = common.draw_films(pictures, title, size=(9, 4), white=1)
     common.show(figure, prepared.folder / "figures" / "looks.png")
-    print(f"a step sees {tuple(pictures[0][1].shape)} px of the film, or as much of a window")
+    name = "small, it is trained on whole" if reduction(prepared.films) == 1 else "as in training"
+    print(f"a step sees {tuple(pictures[0][1].shape)} px of the film, or of a window; {name}")

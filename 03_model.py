@@ -68,7 +68,8 @@ if __name__ == "__main__":
 
 
 # %% The network, a map of places: torchvision's ResNet18, its stages and their shapes
-# plain: what most projects do, one label a film and the mean over the last stage (32 px a place).
+# Each stage halves the film; what is left is a grid, and a place is one square of it, with its own
+# three logits. plain: what most projects do, the mean over the places of the last stage (32 px).
 # lesion: places of 16 px, by a second head on the stage before (a skip connection as in FCN-16s,
 # Long, Shelhamer and Darrell, CVPR 2015); a film's logits are the mean over its strongest places,
 # and in training the radiologists' circles say where the lesions are.
@@ -323,12 +324,13 @@ if __name__ == "__main__":
     output = pd.DataFrame(F.softmax(four_read.logits, 1).numpy(), columns=[*CLASS_NAMES]).round(3)
     output.insert(0, "label", [CLASS_NAMES[label] for label in four.labels])
     common.table(output.set_axis(four.images[four.rows]), "what the network says as it is now")
-    pictures = [(four.images[row], prepared.films[row]) for row in four.rows]
-    title = "Four films; below them Grad-CAM, and places by how suspicious they are"
-    figure, axes = common.draw_films(3 * pictures, title, rows=3, size=(7, 9))
+    options = [(name, row) for name in ("", ", Grad-CAM", ", places") for row in four.rows]
+    pictures = [(four.images[row] + name, prepared.films[row]) for name, row in options]
+    title = "Four films; below them Grad-CAM, and places by how suspicious they are (bright: more)"
+    figure, axes = common.draw_films(pictures, title, rows=3, size=(7, 9))
     options = {"cmap": "inferno", "alpha": 0.5, "extent": (0, *prepared.films.shape[:0:-1], 0)}
-    for axis, part in zip(axes[len(pictures) :], [*four_read.cams, *four_read.places]):
-        axis.imshow(part, **options)
+    for axis, part in zip(axes[len(four) :], [*four_read.cams, *four_read.places]):
+        axis.imshow(part, **options)  # extent: left, width, height, top
     common.show(figure, prepared.folder / "figures" / "four-films.png")
     print(common.DISCLAIMER)
 

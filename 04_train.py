@@ -29,6 +29,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
+from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -116,10 +117,9 @@ def weights_for(settings, fold, prepared):
     weights = network.load_weights(settings.weights, fold)
     test = prepared.splits["fold"] == fold
     known = test & marks(prepared).isin(weights.seen).any(axis=1)
-    what = f"--weights {settings.weights}: {weights.name} was trained or chosen on {known.sum()}"
-    what += f" of the {test.sum()} test films of fold {fold}, or on their patients, and would know"
-    hint = "take a run on other patients, or one with the same folds"
-    common.refuse(prepared.labels["image"][known], f"{what} the answers; {hint}. Known are")
+    what = f"--weights {settings.weights}: {weights.name} was trained or chosen on {known.sum()} of"
+    what += f" the {test.sum()} test films of fold {fold}, or on their patients, and would know the"
+    common.refuse(prepared.labels["image"][known], f"{what} answers; take one that saw none of")
     return weights
 
 
@@ -164,9 +164,8 @@ def filled_in(settings, prepared, weights):
         most = circled > (prepared.labels["label"] != NORMAL).sum() / 2
         looks = [*common.LOOKS] if large and most else [common.LOOKS[0]]
     if not looks or not set(looks) <= set(common.LOOKS) or "window" in looks and not large:
-        need = f"windows need a canvas of {2 * data.ROWS} rows or more (step 1, --size 1024x576)"
-        expected = f"whole or window, or both; {need} and the recipe lesion"
-        raise UserError(f"--looks {' '.join(looks)}: expected {expected}")
+        need = f"windows need a canvas of {2 * data.ROWS} rows or more and the recipe lesion"
+        raise UserError(f"--looks {' '.join(looks)}: expected whole or window, or both; {need}")
     values, pretrained = asdict(settings), weights.state is not None
     epochs = settings.epochs or (10 if pretrained else 20)
     values.update(epochs=epochs, looks=list(dict.fromkeys(looks)))
@@ -201,8 +200,8 @@ common.table(schedule, "how many epochs at most, and how many without a better l
 # %% One batch: films in, loss out
 # A film's label says that there is a lesion, a circle says where. One film has hundreds of places
 # and few in a circle, so that those inside and those outside count half each. Here in evaluation
-# mode, so that looking changes nothing of what is trained: three equally likely classes would give
-# ln 3 = 1.10 for the films, and as much again for the places.
+# mode, so that looking changes nothing of what is trained. Three equally likely classes would give
+# ln 3 = 1.10 for the films and 1.10 for the places; an untrained head may be a little worse.
 def lesion_loss(places, circles, known):
     """Cross-entropy of every place with what the circles say about it.
 
@@ -281,7 +280,7 @@ with torch.no_grad(), enough_memory(settings.batch_size):
 print(f"a batch {tuple(batch[0].shape)} before training: loss {rows[0].item():.3f}")
 
 
-# %% What an untrained network scores: chance, and that is where training begins
+# %% What an untrained network scores: little more than always answering "normal"
 # Films are judged beside the other breast, as they are in the end: that one's weight and the
 # temperature are fitted on the validation films, and their loss with these chooses the epoch. It
 # judges how well films are ranked, not how loud the logits are.
@@ -439,7 +438,7 @@ class FoldState:
 part = (train_films, validation_films), copy.deepcopy((model, optimizer, scheduler))
 state = FoldState(first_fold, first_look, settings, schedule.loc[first_look], *part)
 rows = {name: len(getattr(state, name).state_dict()) for name in state.PARTS}
-common.table(pd.Series(rows).to_frame("entries"), f"{state.name}: what last.pt keeps of it")
+common.table(pd.Series(rows).to_frame("entries"), f"{state.name}: values that last.pt keeps")
 
 
 # %% An epoch: batch, augment, forward, backward, step; then the validation films
@@ -512,19 +511,17 @@ def train_fold(state, folder, record):
     return False
 
 
-print(
-    f"an epoch: {len(epoch_batches(state))} batches, then {len(validation_films)} films validated"
-)
+print(f"an epoch: {len(epoch_batches(state))} batches; {len(validation_films)} films validate it")
 
 # %% Train: every fold of settings.fold, with each look
 # Stop it whenever you like: `trained_model` (the averaged weights of the first fold's best epoch),
 # `history` and the checkpoints are there, and this cell goes on after settings.resume = True. It
 # trains copies of `model`, `optimizer` and `scheduler`: run again, it begins a new run from the
 # same beginning.
-FREE = ("run", "resume", "overwrite", *WAITS)  # may change since the network was made
 settings = common.taken_up(settings, train_films.prepared)
 values = filled_in(settings, train_films.prepared, weights)
-rows = [name for name in values if name not in FREE and values[name] != record[name]]
+part = (*WAITS, "run", "resume", "overwrite")  # may change since the network was made
+rows = [name for name in values if name not in part and values[name] != record[name]]
 common.refuse(rows, "run the cells from 'The films of the first fold' on again, for changed are")
 if any(values[name] != record[name] for name in WAITS):
     schedule = schedule_of(values)
@@ -540,8 +537,7 @@ with common.recorded(run_folder, record, settings):
             made = trained_model, *rows
             if fold != first_fold:
                 both = fold_films(train_films.prepared, fold, settings)
-            if fold != first_fold and weights.seen:
-                start = weights_for(settings, fold, train_films.prepared)
+                start = weights_for(settings, fold, both[0].prepared) if weights.seen else weights
             if (fold, look) != (first_fold, schedule.index[0]):
                 made = network_and_optimizer(settings, start, schedule.loc[look, "lr_patience"])
             part = (0, 1) if dealt else (rank, count)
@@ -573,7 +569,7 @@ print(f"run {run_folder.name}: {run_folder}\nNext: python {title} --run {run_fol
 # some thirty malignant films to learn from, that comes soon.
 def draw_history(history):
     """Draw three panels of history.csv; return the figure."""
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(10, 5), layout="constrained")
     panels = {"loss": ["train_loss", "val_loss"], "accuracy": ["train_accuracy", "val_accuracy"]}
     panels["validation score"] = ["val_macro_f1", "val_malignant_recall"]
     best = history.loc[history.groupby(["fold", "look"])["val_loss"].idxmin()]
@@ -584,6 +580,8 @@ def draw_history(history):
         sns.lineplot(ax=axis, **options)
         axis.plot(best["epoch"], best[names[1]], "o", mec="black", mfc="none", ms=10)
         axis.set(ylim=(0, None) if label == "loss" else (-0.02, 1.02))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        sns.move_legend(axis, "upper center", bbox_to_anchor=(0.5, -0.16), title=None)
     return figure
 
 

@@ -60,6 +60,7 @@ settings = common.command_line(Settings, __doc__)
 
 
 # %% The interval of a share: nine of ten found sounds like 90 %, and may be 60 %
+# This cell and the next three make tools and try them on made-up numbers; your run comes then.
 # Wilson's interval is right for small numbers too, where the textbook's, share +- 1.96 standard
 # errors, leaves 0 to 1 or has no width at all.
 def wilson(hits, n):
@@ -316,14 +317,14 @@ def load_folds(folder, record, device="auto"):
     found = {}
     for path in sorted(folder.glob("fold-*/best.pt")):
         checkpoint = common.read_checkpoint(path)
-        if "reduce" not in checkpoint:
-            raise UserError(f"{path} was made by an earlier version; train again")
         model = network.MammogramNet(record["recipe"], record["dropout"])
         try:
             model.load_state_dict(checkpoint["model"])
+            checkpoint["reduce"]  # an earlier version noted none
         except (RuntimeError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} does not fit recipe {record['recipe']} ({reason})") from None
+            reason = str(error).splitlines()[-1].strip()[:100]
+            what = f"{path} does not fit the network of step 3, changed since? ({reason})"
+            raise UserError(f"{what}; train again") from None
         model = model.to(common.choose_device(device), memory_format=torch.channels_last)
         checkpoint["model"] = model.eval().requires_grad_(False)  # Grad-CAM asks for its own
         found.setdefault(checkpoint["fold"], {})[checkpoint["reduce"]] = checkpoint
@@ -468,7 +469,8 @@ if settings.image:
         name = f"{rows.index(figure) + 1:02d}-{Path(name).stem}.png"  # two may share a name
         common.show(figure, judged_run / "own-films" / name)
     common.write_csv(own, judged_run / "own-films" / "predictions.csv")
-    common.table(own.round(3).T, f"read by run {judged_run.name}. {common.DISCLAIMER}")
+    title = "recalled: p_malignant reaches the threshold that validation films chose"
+    common.table(own.round(3).T, f"read by run {judged_run.name}; {title}. {common.DISCLAIMER}")
     if judged_record["synthetic"]:
         common.banner("THIS RUN WAS TRAINED ON SYNTHETIC PHANTOMS: its reading means nothing.")
     common.end_here()
@@ -531,7 +533,8 @@ prepared = common.open_prepared(judged_record["source_used"])
 predictions, reading = predict_run(fold_models, prepared, judged_record, settings)
 common.write_csv(predictions.round(6), judged_run / "predictions.csv")
 scope = scope_of(predictions, fold_models, judged_record)
-common.table(predictions.head(6).round(3), f"the first predictions; {scope}")
+title = f"the first predictions; 0 benign, 1 normal, 2 malignant; {scope}"
+common.table(predictions.head(6).round(3), title)
 
 # %% Test metrics: pooled over the folds, with intervals from resampling patients
 # With 52 malignant films one fold says little, so predictions of all folds are pooled. Specificity
@@ -545,8 +548,9 @@ part = witness(predictions)
 assert np.allclose(part, metrics.loc[part.index, "value"], atol=1e-5), part
 title = f"test metrics, 95 % intervals over patients; {scope}"
 common.table(metrics.dropna(subset=["value"]).round(3), title)
-if part := common.absent_classes(np.take(CLASS_NAMES, predictions["label"])):
-    print(f"No test film is {part}, so that these say nothing and are left out:")
+part = [name for code, name in enumerate(CLASS_NAMES) if not (predictions["label"] == code).any()]
+if part:
+    print(f"No test film is {' or '.join(part)}, so that these say nothing and are left out:")
     print(common.listing(metrics.index[metrics["value"].isna()], 20))
 if len(fold_models) < judged_record["data"]["folds"]:
     print("Not all folds are trained: a figure for the whole database needs --fold all.")
@@ -582,13 +586,14 @@ rows = {way: judged[way].loc[rows[way], ["value", "low", "high"]] for way in way
 four_ways = pd.concat(rows, axis=1)
 title = "{0.value:.2f} ({0.low:.2f} to {0.high:.2f})".format
 words = {way: part.dropna(how="all").apply(title, axis=1) for way, part in rows.items()}
-words = pd.DataFrame(words).assign(claim=pd.Series(CLAIM))
+words = pd.DataFrame(words).reindex(DECIDED + RANKED).assign(claim=pd.Series(CLAIM))
 common.table(words, f"judged in four ways, 95 % intervals over patients; {scope}")
 claim = metrics.loc[list(CLAIM), ["value", "low", "high"]].dropna()
-claim = claim.assign(**{"always normal": judged["always normal"]["value"]}, claim=pd.Series(CLAIM))
-part = {"value": [claim["value"] - claim["low"], claim["high"] - claim["value"]]}
-options = {"yerr": part, "capsize": 4, "rot": 0, "ylim": (0, 1.1), "ylabel": "test value"}
-rows = {"value": "#0072B2", "always normal": "#999999", "claim": "#D55E00"}
+claim = claim.rename(columns={"value": "this run"})
+claim["always normal"], claim["claim"] = judged["always normal"]["value"], pd.Series(CLAIM)
+part = {"this run": [claim["this run"] - claim["low"], claim["high"] - claim["this run"]]}
+options = {"yerr": part, "capsize": 4, "rot": 0, "ylim": (0, 1.3), "ylabel": "test value"}
+rows = {"this run": "#0072B2", "always normal": "#999999", "claim": "#D55E00"}
 axis = claim[list(rows)].plot.bar(color=rows, figsize=(6.4, 3.8), **options)
 common.show(axis.figure, judged_run / "figures" / "claim.png", scope)
 
@@ -768,8 +773,8 @@ def draw_sheet(predictions, heats, prepared):
     """Draw five films each, with maps (n, h, w) over them; return the figure."""
     ranked = predictions.sort_values("p_malignant")
     malignant, normal = (ranked[ranked["label"] == code] for code in (MALIGNANT, NORMAL))
-    sheet = {"surest hits": malignant[::-1], "worst misses": malignant}
-    sheet["false alarms"] = normal[::-1]
+    sheet = {"malignant, highest p": malignant[::-1], "malignant, lowest p": malignant}
+    sheet["normal, highest p"] = normal[::-1]
     options = {"figsize": (9, 6.6), "layout": "constrained", "squeeze": False}
     figure, axes = plt.subplots(len(sheet), 5, **options)
     plt.setp(axes, xticks=[], yticks=[])
@@ -777,12 +782,14 @@ def draw_sheet(predictions, heats, prepared):
         line[0].set_ylabel(name)
         for axis, (n, row) in zip(line, films.iterrows()):
             draw_film(axis, row["image"], heats[n], prepared)
-            axis.set_title(f"{row['image']}  p = {row['p_malignant']:.2f}", fontsize=8)
+            called = CLASS_NAMES[row["predicted"]]
+            axis.set_title(f"{row['image']}, {called}\np = {row['p_malignant']:.2f}", fontsize=8)
     return figure
 
 
 for name, part in {"gradcam": reading.cams, "places": reading.places}.items():
-    figure, title = draw_sheet(predictions, part, prepared), f"{name}, p of malignant; {scope}"
+    figure = draw_sheet(predictions, part, prepared)
+    title = f"{name}; what films are called, p of malignant; {scope}"
     common.show(figure, judged_run / "figures" / f"{name}.png", title)
 
 # %% metrics.json and the report: for programs, and for people
@@ -796,8 +803,8 @@ that never saw its patient; intervals are 95 % percentiles over resampled patien
 <li>Model: ResNet18, recipe {recipe}, looks: {looks}, weights: {weights_used}. Judged beside
 the patient's other breast where that is there; the figures of each film alone stand beside.</li>
 <li>Intended use: teaching and research on method. Not for decisions about people.</li>
-<li>Limits: one small database of digitised film from the 1990s; labels of films, not of biopsies;
-few malignant films, hence wide intervals; no other hospital or scanner was tried.</li></ul>"""
+<li>Limits: one small database of film from the 1990s; labels of films, not of biopsies; few
+malignant films, hence wide intervals; no other hospital or scanner.</li></ul>"""
 
 summary, row = ("synthetic", "run", "recipe", "seed", "split_seed", "note"), metrics["value"]
 summary = {name: judged_record[name] for name in summary}
@@ -826,9 +833,8 @@ def report_page(tables, figures, record, scope):
     card, name = {**record, "scope": scope, "looks": " and ".join(record["looks"])}, record["run"]
     card = MODEL_CARD.format(**{name: html.escape(str(text)) for name, text in card.items()})
     style = "body{font:15px sans-serif;max-width:60em;margin:2em auto}td,th{padding:.2em .8em}"
-    parts = [
-        f"<meta charset='utf-8'><title>{name}</title><style>{style}</style><h1>{name}</h1>{card}"
-    ]
+    head = f"<meta charset='utf-8'><title>{name}</title><style>{style}</style>"
+    parts = [f"{head}<h1>{name}</h1>{card}"]
     for title, frame in tables.items():
         parts.append(f"<h2>{title}</h2>{frame.round(3).to_html(border=0, na_rep='')}")
     for path in figures:

@@ -181,14 +181,16 @@ class ScriptSettings:
 
     def __setattr__(self, name, value):
         """Refuse what is no setting, as a mistyped name, and values outside of their range."""
-        names = [field.name for field in dataclasses.fields(self)]
-        if name not in names:
-            raise UserError(f"{self.script} has no setting {name!r}{nearest(name, names)}")
-        low, high = RANGES.get(name, (None, None))
+        kinds = {field.name: field.type for field in dataclasses.fields(self)}
+        if name not in kinds:
+            raise UserError(f"{self.script} has no setting {name!r}{nearest(name, kinds)}")
+        said, (low, high) = f"--{name.replace('_', '-')} {value}", RANGES.get(name, (None, None))
         number = isinstance(value, (int, float, np.number))
-        if name in RANGES and not (number and low <= value <= high):
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} {value}: expected {low:g} to {high:g}")
+        if low is not None and not (number and low <= value <= high):
+            raise UserError(f"{said}: expected {low:g} to {high:g}, a number without quotes")
+        if typing.get_origin(kinds[name]) is typing.Literal:
+            choices = typing.get_args(kinds[name])
+            refuse(choices if value not in choices else (), f"{said}: expected one of")
         super().__setattr__(name, value)
 
 
@@ -271,8 +273,7 @@ def flag_values(settings_class, description):
     layout = {"formatter_class": RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = _Parser(description=description, **layout)
     classes = filter(dataclasses.is_dataclass, reversed(settings_class.__mro__))
-    for_help = {"-h", "--help"} & set(sys.argv)  # reading the comments takes a while
-    source = "".join(map(inspect.getsource, classes if for_help else ()))
+    source = "".join(map(inspect.getsource, classes))
     comments = dict(re.findall(r"^\s+(\w+): .*?  # (.*)$", source, flags=re.MULTILINE))
     for field in dataclasses.fields(settings_class):
         text = comments.get(field.name, "").replace("%", "%%")
@@ -1021,9 +1022,8 @@ def find_films(settings):
     if source == "phantom":
         folder = phantom_films(settings)
     elif source == "own" and not own:
-        known = "benign, normal, malignant, or as --classes names them"
         either = "--labels FILE and --images DIR (or --archive FILE)"
-        raise UserError(f"own films need {either}, or --images DIR with a folder each: {known}")
+        raise UserError(f"own films need {either}, or --images DIR with a folder for each class")
     elif images:
         if not (files["kind"] == "film").any():
             found = listing(sorted(path.name for path in images.glob("*"))) or "nothing"
@@ -1905,7 +1905,7 @@ def open_prepared(source="auto"):
     with first_process_first():
         pattern = f"{'*' if source == 'auto' else source}/prepared.json"
         if not any(data_dir().glob(pattern)):
-            print("nothing is prepared yet; running 01_prepare_data.py", flush=True)
+            print("nothing is prepared yet: running 01_prepare_data.py as it is", flush=True)
             run_step("01_prepare_data.py", "--source", source)
     newest = max(data_dir().glob(pattern), key=lambda state: state.stat().st_mtime)
     prepared = load_prepared(newest.parent.name)
@@ -1919,11 +1919,6 @@ def announce(prepared):
         print("SYNTHETIC PHANTOMS: figures from here on say nothing about mammograms.", flush=True)
     if prepared.note:
         warn(f"{prepared.folder}: {prepared.note}; figures are not the database's")
-
-
-def absent_classes(names):
-    """Return in words the classes that are not among names; "" if all are there."""
-    return " or ".join(name for name in CLASS_NAMES if name not in set(names))
 
 
 def read_table(path):
@@ -2283,8 +2278,7 @@ def check_films(source, films, missing, allow_partial):
     problems = [f"{len(missing)} films are missing: {listing(missing)}"] if missing else []
     problems += [f"{row.image}: {row.problem}" for row in films[~usable].itertuples()]
     if problems and not allow_partial:
-        first = "; ".join(problems[:8]) + (f"; {len(problems) - 8} more" if problems[8:] else "")
-        raise UserError(f"{first}. Get them again, or use --allow-partial")
+        raise UserError(f"{listing(problems)}. Get them again, or use --allow-partial")
     if problems:
         warn("left out, as --allow-partial says: " + "; ".join(problems))
     if not usable.any():

@@ -375,7 +375,7 @@ def test_what_is_read_anew_is_placed_anew_before_it_is_saved(session, kernel, pr
     assert kernel.get("bool(canvases.any())") is True
     assert failures(run_cells(kernel, script, console=CONSOLE[script.name], last=place)) == []
     error = kernel.run_cell(script, save).error
-    assert re.match(r"UserError: run the cells from 'Place every film' on again.*\n", error), error
+    assert re.match(r"UserError: first run the cells 'Place every film'.*\n", error), error
 
 
 def prepare_fatty(kernel, script, console):

@@ -637,7 +637,7 @@ def test_runs_and_checkpoints_of_an_earlier_version_are_refused(tiny):
     folder = train().run_folder
     best, record = load(folder), common.read_json(folder / "settings.json")
     torch.save({k: v for k, v in best.items() if k != "reduce"}, folder / "fold-0/best.pt")
-    with pytest.raises(UserError, match="best.pt was made by an earlier version; train again"):
+    with pytest.raises(UserError, match="best.pt does not fit .*train again"):
         conftest.run_main("05_evaluate.py")
     del record["looks"]
     common.write_json(record, folder / "settings.json")
