@@ -153,7 +153,7 @@ def scan_to_canvas(row, files, size, crop):
     with contextlib.suppress(UserError, ValueError, OSError):
         found, _ = common.match_films(row.to_frame().T, files)
         film = common.read_film(found[row["image"]], notes=[])
-        side = common.sides_of(pd.Series([row["laterality"]]))[0] or common.guess_laterality(film)
+        side = common.chest_wall(film, common.sides_of(pd.Series([row["laterality"]]))[0])
         canvas, _, outline = common.place_film(film, side, size, crop)
         steps = common.find_breast(film, side) if crop == "breast" else {}
         pictures = [(name, mask * 255) for name, mask in steps.items() if name != "outline"]
@@ -213,6 +213,9 @@ missing = {*labels["image"]} - {*paths}
 if source == "mias":
     missing |= {*common.known_digests().values()} - {path.stem.lower() for path in files["path"]}
 usable = films[common.check_films(source, films, sorted(missing), settings.allow_partial)]
+part = usable["image"].map(sides).map({"left": True, "right": False}) == usable["mirrored"]
+if part.any() and settings.crop == "breast":
+    print(f"{part.sum()} films have the chest wall at the other side than their laterality says")
 part = common.unlike(usable[common.STATISTICS], common.usual_range(usable))
 common.warn_of(usable["image"][part], "films are unlike the others of their set")
 title = "pairs of films look alike, but are called different patients'; copies would leak"

@@ -48,7 +48,7 @@ class Settings(common.RunSettings):
     resamples: int = 2000  # of patients, for the 95 % intervals
     compare: Tuple[str, ...] = ()  # two runs: their difference; more: their mean
     image: Tuple[str, ...] = ()  # films of your own to read, in place of judging the run
-    laterality: str = ""  # left or right, of your (first) film; empty: guessed, its brighter side
+    laterality: str = ""  # left or right, of your (first) film; used if its halves are alike
     pair: bool = False  # your two films are both breasts of one person, judged beside each other
 
 

@@ -336,14 +336,16 @@ def test_7_exif_orientation_is_obeyed(home, suffix):
     assert np.abs(difference).mean() < 3
 
 
-def test_8_a_side_that_contradicts_the_film_is_named_and_a_swapped_column_too(home, capsys):
+def test_8_pixels_decide_what_is_mirrored_and_a_side_that_contradicts_them_is_counted(home, capsys):
     header, names = "image,label,patient,side", ("benign", "normal", "malignant")
     for wrong in (1, 12):
         rows = [f"f{n:02d},{names[n % 3]},p{n},{'R' if n < wrong else 'Left'}" for n in range(12)]
-        prepare_data(**saved(home, many(), header, rows))
-        said = capsys.readouterr().err
-        assert f"{wrong} of 12 films, called right, but the breast lies on the other side" in said
-        assert ("probably swapped" in said) == (wrong == 12)
+        prepared = prepare_data(**saved(home, many(), header, rows))
+        assert not prepared.table["mirrored"].any()  # all lie as left breasts do
+        said = f"{wrong} films have the chest wall at the other side than their laterality says"
+        assert said in capsys.readouterr().out
+    alike = np.tile(np.uint8([[90, 20, 20, 90]]), (8, 1))  # a breast that fills the frame
+    assert [common.chest_wall(alike, side) for side in ("left", "right")] == ["left", "right"]
     changed = {"Read the labels": "labels['laterality'] = 'L'"}  # typed in a cell
     assert set(prepare_data(changed, **saved(home, many())).labels["laterality"]) == {"left"}
     table_of = common.data_dir("own") / "labels.csv"

@@ -138,7 +138,7 @@ def test_every_mias_film_is_the_distributed_one_and_lies_as_its_number_says(mias
     assert (mias.table["mirrored"] == (mias.labels["laterality"] == "right")).all()
     wrong = []
     for path, laterality in zip(common.film_paths(mias.folder / "raw"), mias.labels["laterality"]):
-        if common.guess_laterality(common.read_film(path)) != laterality:
+        if common.chest_wall(common.read_film(path)) != laterality:
             wrong.append(path.stem)
     assert wrong == ["mdb151", "mdb152"]  # the breast fills the film
 
