@@ -188,7 +188,8 @@ paths, part = common.match_films(labels, files)
 common.warn_of(part, "films have no label and are left out")
 sides = dict(zip(labels["image"], common.sides_of(labels["laterality"])))
 options["bits"] = common.bits_of_set(list(paths.values()))
-as_made.pop("canvases", None)  # until all are placed
+for part in {*as_made} - {"labels", "findings"}:
+    del as_made[part]  # it came of other canvases
 canvases = common.scratch_array((len(paths), *size), common.data_dir(source))
 
 
@@ -202,6 +203,7 @@ def place(item):
 films = common.in_threads(place, list(enumerate(paths.items())), "preparing films")
 films = pd.DataFrame(films)
 as_made["canvases"] = np.array([zlib.crc32(canvas) for canvas in canvases])
+as_made["crop"] = settings.crop
 common.say_oddities(films)
 print(f"{len(paths)} films for {len(labels)} labels, canvas {size[0]} x {size[1]} px")
 
@@ -213,6 +215,7 @@ missing = {*labels["image"]} - {*paths}
 if source == "mias":
     missing |= {*common.known_digests().values()} - {path.stem.lower() for path in files["path"]}
 usable = films[common.check_films(source, films, sorted(missing), settings.allow_partial)]
+as_made["usable"] = True
 part = usable["image"].map(sides).map({"left": True, "right": False}) == usable["mirrored"]
 if part.any() and settings.crop == "breast":
     print(f"{part.sum()} films have the chest wall at the other side than their laterality says")
@@ -236,7 +239,7 @@ def known_share(patients, fold):
 used_labels = common.labels_of(usable, labels)
 part = common.deal_patients(used_labels, settings.folds, settings.seed, fewest=settings.folds)
 splits = used_labels[["image", "patient"]].assign(fold=part)
-as_made["splits"] = splits.copy()
+as_made["splits"], as_made["seed"] = splits.copy(), settings.seed
 common.table(splits.groupby("fold")["patient"].agg(["nunique", "size"]), "patients and films")
 print(f"test films whose patient trains: {known_share(splits['patient'], part):.0%};", end=" ")
 part = part.sample(frac=1, random_state=0)
@@ -300,7 +303,7 @@ common.show(figure, common.data_dir(source) / "figures" / "films.png")
 # Tables that were edited in the cells above are used as they are, and that is noted in
 # prepared.json, settings.json and every title: figures on edited labels are not figures on the
 # database. A labels.csv or splits.csv that was edited by hand is kept under another name.
-part = {"canvases", "splits", "placed_findings"} - {*as_made}
+part = {"canvases", "usable", "splits", "placed_findings"} - {*as_made}
 common.refuse(part, "first run the cells 'Place every film' to 'Circles' without an error; missing")
 common.check_tables(used_labels, splits)
 if (used_labels["laterality"] != used_labels["image"].map(sides)).any():
@@ -311,7 +314,7 @@ rows = usable.index[usable["image"].isin(used_labels["image"])]  # of the canvas
 part = {"findings": findings, "placed_findings": placed_findings, "splits": splits}
 same = {name: table.equals(as_made[name]) for name, table in part.items()}
 same["films"] = all(zlib.crc32(canvases[n]) == as_made["canvases"][n] for n in rows)
-options = {"source": source, "size": size, "crop": settings.crop, "split_seed": settings.seed}
+options = {"source": source, "size": size, "crop": as_made["crop"], "split_seed": as_made["seed"]}
 options.update(films=len(rows), note=common.edits(labels, as_made["labels"], len(rows), same))
 tables = {"films.csv": usable.loc[rows].drop(columns="problem"), "labels.csv": used_labels}
 tables.update({"findings.csv": placed_findings, "splits.csv": splits})
@@ -337,7 +340,7 @@ options = {"color": common.COLOURS, "legend": False, "rot": 0}
 for axis, (name, part) in zip(axes, rows.items()):
     if len(part):
         part.plot.bar(ax=axis, stacked=name == "fold", **options)
-    title = f"{'findings' if name == 'type' else 'films'} (n = {part.to_numpy().sum()})"
+    title = f"{'findings' if name == 'type' else 'films'} (n = {int(part.to_numpy().sum())})"
     axis.set(xlabel=name, ylabel=title)
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
 figure.legend(axes[2].containers, shown, loc="outside lower center", ncols=3)

@@ -376,6 +376,11 @@ def test_what_is_read_anew_is_placed_anew_before_it_is_saved(session, kernel, pr
     assert failures(run_cells(kernel, script, console=CONSOLE[script.name], last=place)) == []
     error = kernel.run_cell(script, save).error
     assert re.match(r"UserError: first run the cells 'Place every film'.*\n", error), error
+    for name in ("Check", "Split", "Circles"):  # and each of them is needed
+        assert kernel.run_cell(script, cell(script, name)).error == ""
+    assert kernel.run_cell(script, place).error == ""
+    error = kernel.run_cell(script, save).error
+    assert all(name in error for name in ("usable", "splits", "placed_findings")), error
 
 
 def prepare_fatty(kernel, script, console):
