@@ -157,7 +157,7 @@ def filled_in(settings, prepared, weights):
 
     With pretrained weights a network learns in fewer epochs, and gently below its head.
     """
-    looks = [settings.looks] if isinstance(settings.looks, str) else [*settings.looks]
+    looks = [*settings.looks]
     large = data.reduction(prepared.films) > 1 and settings.recipe == "lesion"
     if looks == ["auto"]:
         circled = prepared.findings.dropna(subset=["canvas_radius"])["image"].nunique()
@@ -298,12 +298,10 @@ def judge(logits, films, prior):
     judged = network.calibrated(judged, temperature, prior)
     predicted = judged.argmax(1)
     recall = recall_score(labels == MALIGNANT, predicted == MALIGNANT, zero_division=0)
-    return {
-        "val_loss": F.cross_entropy(judged, labels).item(),
-        "val_accuracy": accuracy_score(labels, predicted),
-        "val_macro_f1": f1_score(labels, predicted, average="macro", zero_division=0),
-        "val_malignant_recall": recall,
-    }
+    f1 = f1_score(labels, predicted, average="macro", zero_division=0)
+    values = {"val_loss": F.cross_entropy(judged, labels).item()}
+    values.update(val_accuracy=accuracy_score(labels, predicted), val_macro_f1=f1)
+    return {**values, "val_malignant_recall": recall}
 
 
 def no_number(loss, state, where):

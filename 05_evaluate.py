@@ -272,7 +272,7 @@ if settings.compare:
     if discordant:
         title = "right only in the first {}, only in the second {} films; McNemar p = {:.3f}"
         print(title.format(*discordant))
-    rows = [common.read_record(common.runs_dir(name)) for name in settings.compare]
+    rows = [common.read_json(common.runs_dir(name) / "settings.json") for name in settings.compare]
     for name in sorted({row["note"] for row in rows} - {""}):
         common.warn(f"compared on edited data: {name}")
     if any(row["synthetic"] for row in rows):
@@ -320,7 +320,6 @@ def load_folds(folder, record, device="auto"):
         model = network.MammogramNet(record["recipe"], record["dropout"])
         try:
             model.load_state_dict(checkpoint["model"])
-            checkpoint["reduce"]  # an earlier version noted none
         except (RuntimeError, KeyError) as error:
             reason = str(error).splitlines()[-1].strip()[:100]
             what = f"{path} does not fit the network of step 3, changed since? ({reason})"
@@ -391,8 +390,8 @@ part = int(thresholds["malignant"].min())
 if not part:
     print("Without malignant validation films no threshold can be chosen: every film is recalled.")
 elif part * (1 - settings.recall) < 1:
-    print(f"With {part} malignant validation films that cannot be promised: even {part} found of")
-    print(f"{part} leaves it between {wilson(part, part)[0]:.2f} and 1.")
+    title = f"That cannot be promised: all of a fold's {part} malignant validation films found"
+    print(f"{title} leave it between {wilson(part, part)[0]:.2f} and 1.")
 
 
 # %% A film of your own: settings.image = "film.png", then run this cell
@@ -449,8 +448,8 @@ def read_own_films(paths, folds, record, settings):
     own["note"] = np.where(rows["unlike"], "unlike the training films", "")
     _, cams, places = network.mean_reading(readings)
     figures = []
-    said = rows.join(own[PROBABILITIES])
-    for (_, row), film, *heats in zip(said.iterrows(), films, cams, places):
+    read = rows.join(own[PROBABILITIES])
+    for (_, row), film, *heats in zip(read.iterrows(), films, cams, places):
         figure, axes = plt.subplots(1, 3, figsize=(9, 4.2), layout="constrained")
         pictures = zip((Path(row["image"]).name, "Grad-CAM", "places"), [np.zeros((2, 2)), *heats])
         for axis, (title, heat) in zip(axes, pictures):
@@ -532,7 +531,7 @@ def scope_of(predictions, folds, record):
 prepared = common.open_prepared(judged_record["source_used"])
 predictions, reading = predict_run(fold_models, prepared, judged_record, settings)
 common.write_csv(predictions.round(6), judged_run / "predictions.csv")
-scope = scope_of(predictions, fold_models, judged_record)
+label, scope = predictions["label"], scope_of(predictions, fold_models, judged_record)
 title = f"the first predictions; 0 benign, 1 normal, 2 malignant; {scope}"
 common.table(predictions.head(6).round(3), title)
 
@@ -600,7 +599,7 @@ common.show(axis.figure, judged_run / "figures" / "claim.png", scope)
 # %% Confusion: what is taken for what
 # Where do the errors go? On MIAS most benign and many malignant films are called normal, since two
 # of three films are. The classification report has precision, recall and F1 of each class.
-label, part = predictions["label"], np.unique(predictions["label"])
+part = np.unique(label)
 options = {"labels": part, "target_names": np.take(CLASS_NAMES, part), "zero_division": 0}
 report = sk.classification_report(label, predictions["predicted"], output_dict=True, **options)
 report = pd.DataFrame(report).T
@@ -802,7 +801,6 @@ temperature, the other breast's weight and the threshold; every test film is rea
 that never saw its patient; intervals are 95 % percentiles over resampled patients.</li>
 <li>Model: ResNet18, recipe {recipe}, looks: {looks}, weights: {weights_used}. Judged beside
 the patient's other breast where that is there; the figures of each film alone stand beside.</li>
-<li>Intended use: teaching and research on method. Not for decisions about people.</li>
 <li>Limits: one small database of film from the 1990s; labels of films, not of biopsies; few
 malignant films, hence wide intervals; no other hospital or scanner.</li></ul>"""
 
@@ -840,7 +838,7 @@ def report_page(tables, figures, record, scope):
     for path in figures:
         source = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
         parts.append(f'<h2>{path.stem}</h2><img style="max-width:100%" src="{source}">')
-    settings = html.escape(pd.Series(record).to_string())
+    settings = html.escape("\n".join(f"{name:<20}{value}" for name, value in record.items()))
     return f'<!doctype html><html lang="en">{"".join(parts)}<h2>Settings</h2><pre>{settings}</pre>'
 
 

@@ -184,13 +184,16 @@ class ScriptSettings:
         kinds = {field.name: field.type for field in dataclasses.fields(self)}
         if name not in kinds:
             raise UserError(f"{self.script} has no setting {name!r}{nearest(name, kinds)}")
-        said, (low, high) = f"--{name.replace('_', '-')} {value}", RANGES.get(name, (None, None))
-        number = isinstance(value, (int, float, np.number))
-        if low is not None and not (number and low <= value <= high):
-            raise UserError(f"{said}: expected {low:g} to {high:g}, a number without quotes")
-        if typing.get_origin(kinds[name]) is typing.Literal:
-            choices = typing.get_args(kinds[name])
-            refuse(choices if value not in choices else (), f"{said}: expected one of")
+        kind, said = kinds[name], f"--{name.replace('_', '-')} {value!r}: expected"
+        low, high = RANGES.get(name, (None, None))
+        number = (int, np.integer) if kind is int else (int, float, np.number)
+        if name in RANGES and not (isinstance(value, number) and low <= value <= high):
+            raise UserError(f"{said} {low:.10g} to {high:.10g} ({kind.__name__}, without quotes)")
+        if typing.get_origin(kind) is typing.Literal:
+            choices = typing.get_args(kind)
+            refuse(choices if value not in choices else (), f"{said} one of")
+        elif typing.get_origin(kind) is tuple:  # in a cell a word or a list may be typed
+            value = (value,) if isinstance(value, (str, Path)) else tuple(value)
         super().__setattr__(name, value)
 
 
@@ -447,7 +450,7 @@ def choose_precision(name, device):
 
 def first_rank():
     """Tell whether this process is the one that prints and draws: the first of torchrun's."""
-    return os.environ.get("RANK", "0") == "0"
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
 
 
 def processes():
@@ -897,7 +900,7 @@ def filled(folder, stamp, fill):
         return folder
     if folder.is_dir() and not mark.is_file() and any(folder.iterdir()):
         raise UserError(f"{folder} holds files that are not ours; move them or use --images")
-    discard(*folder.parent.glob(".*.part"), *folder.parent.glob(".*.old"))  # of killed runs
+    discard(*folder.parent.glob(".*.part*"), *folder.parent.glob(".*.old"))  # of killed runs
     with replacing(folder) as temporary:
         temporary.mkdir()
         fill(temporary)
@@ -963,14 +966,12 @@ def extract(archive, folder, downloaded=False):
 
 
 def contact(url, patience=12.0):
-    """Ask a server for the head of a file; return its bytes, 0 if it does not say.
+    """Ask a server for the head of a file.
 
-    ConnectionError if there is no good answer within `patience` seconds.
+    ConnectionError if there is no good answer, or silence for `patience` seconds.
     """
     try:
-        request = urllib.request.Request(url, method="HEAD")
-        with urllib.request.urlopen(request, timeout=patience) as answer:
-            return int(answer.headers.get("Content-Length") or 0)
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=patience).close()
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ConnectionError(str(getattr(error, "reason", error))) from None
 
@@ -983,15 +984,13 @@ def download(url, path):
     if path.is_file():
         return path
     print(f"looking for the database at {url} ...", flush=True)
-    size, before = contact(url), socket.getdefaulttimeout()
+    contact(url)
     print(LICENCE)
+    before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
         with replacing(path) as temporary:
             torch.hub.download_url_to_file(url, str(temporary))
-            got = temporary.stat().st_size  # a server that hangs up early raises nothing
-            if size and got != size:
-                raise ConnectionError(f"it broke off: {got} of {size} bytes came")
         return path
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise ConnectionError(str(getattr(error, "reason", error))) from None
@@ -1001,8 +1000,7 @@ def download(url, path):
 
 def phantom_films(settings):
     """Draw the synthetic films, once for a number of patients and a seed; return their folder."""
-    stamp = {"n_patients": settings.patients, "seed": settings.seed}
-    stamp["film_size"] = settings.phantom_size
+    stamp = dict(n_patients=settings.patients, seed=settings.seed, film_size=settings.phantom_size)
 
     return filled(data_dir("phantom") / "raw", stamp, lambda folder: make_phantoms(folder, **stamp))
 
@@ -1035,8 +1033,10 @@ def find_films(settings):
     elif source == "mias":
         source, folder = find_mias(settings)
     else:
-        what = f"--source {source}: expected auto, mias, phantom or own"
-        raise UserError(f"{what}; films of your own need --images DIR or --archive FILE")
+        known = (
+            "" if source == "own" else f"--source {source}: expected auto, mias, phantom or own; "
+        )
+        raise UserError(f"{known}films of your own need --images DIR or --archive FILE")
     return source, folder, list_files(folder)
 
 
@@ -1655,12 +1655,12 @@ def film_statistics(canvas):
 
 
 def usual_range(statistics):
-    """Return what is usual in a set of films: low and high lie three spans of the middle half off.
+    """Return what is usual in a set of films: low and high lie 2.5 spans of the middle half off.
 
     A film beyond is unlike its set: step 1 names it, and step 5 warns of one of your own.
     """
     low, high = (statistics[STATISTICS].quantile(share) for share in (0.25, 0.75))
-    span = 3 * (high - low).clip(lower=0.02)
+    span = 2.5 * (high - low).clip(lower=0.02)  # no film of MIAS, one of 1,592 of CBIS-DDSM
     return pd.DataFrame({"low": low - span, "high": high + span})
 
 
@@ -1967,15 +1967,7 @@ def open_run(name=""):
         print("there is no run yet; running 04_train.py", flush=True)
         run_step("04_train.py")
     folder = find_run(name)
-    return folder, read_record(folder)
-
-
-def read_record(folder):
-    """Read settings.json of a run; a run of an earlier version is refused."""
-    record = read_json(folder / "settings.json")
-    if "looks" not in record:
-        raise UserError(f"the run {folder.name} was made by an earlier version; train again")
-    return record
+    return folder, read_json(folder / "settings.json")
 
 
 def new_run(name, stem, overwrite=False):
@@ -1988,7 +1980,9 @@ def new_run(name, stem, overwrite=False):
     taken = [int(p.name[-3:]) for p in runs_dir().glob(f"{stem}-[0-9][0-9][0-9]")]
     folder = runs_dir(name or f"{stem}-{max(taken, default=0) + 1:03d}")
     if not overwrite and any(path.name != ".lock" for path in folder.glob("*")):
-        raise UserError(f"the run {folder.name} exists; another --run, --resume or --overwrite?")
+        raise UserError(
+            f"the run {folder.name} exists; choose another --run, --resume, or --overwrite"
+        )
     return folder
 
 
@@ -2013,7 +2007,7 @@ def taken_up(settings, prepared):
     if not settings.resume:
         return settings
     folder = find_run(settings.run)
-    record = read_record(folder)
+    record = read_json(folder / "settings.json")
     noted, now, values = record["data"], prepared.identity(), {}
     changed = [f"{n} {noted.get(n)} -> {now[n]}" for n in now if noted.get(n) != now[n]]
     for name, mine in dataclasses.asdict(settings).items():
@@ -2024,7 +2018,12 @@ def taken_up(settings, prepared):
             values[name] = old
         elif mine != old and name not in MAY_CHANGE:
             changed.append(f"{name} {old} -> {mine}")
-    refuse(changed, f"the run {folder.name} cannot be resumed with other settings or data")
+    refuse(changed, f"put back what {folder.name} began with, or begin a new run; changed are")
+    taken = [
+        f"{name} {value}" for name, value in values.items() if value != getattr(settings, name)
+    ]
+    if taken:
+        print(f"taken from {folder.name}, until the Settings cell is run: {listing(taken, 99)}")
     return dataclasses.replace(settings, **values)
 
 
@@ -2033,11 +2032,11 @@ def record_of(values, prepared):
 
     Enough to repeat the run, and to refuse going on with it on other data.
     """
-    usual, phantoms = usual_range(prepared.table), prepared.source == "phantom"
-    record = {**values, "source_used": prepared.source, "synthetic": phantoms}
+    usual = usual_range(prepared.table)
+    record = {**values, "source_used": prepared.source, "synthetic": prepared.source == "phantom"}
     record.update(class_names=list(CLASS_NAMES), film_bits=int(prepared.table["bits"].max()))
     record.update(split_seed=prepared.split_seed, note=prepared.note, data=prepared.identity())
-    record["film_statistics"] = {name: list(usual.loc[name]) for name in usual.index}
+    record["film_statistics"] = {name: list(usual.loc[name]) for name in STATISTICS}
     return {**record, "torch": str(torch.__version__), "disclaimer": DISCLAIMER}
 
 
@@ -2058,7 +2057,7 @@ def recorded(folder, record, settings):
                 raise UserError(f"the run {folder.name} exists; another process has just begun it")
             # parts are a killed run's; the folder is locked, so nobody writes them now
             discard(*left, *folder.rglob(".*.part"))
-            began = read_record(folder) if settings.resume else record
+            began = read_json(folder / "settings.json") if settings.resume else record
             if began["weights_used"] != record["weights_used"]:
                 other = f"{began['weights_used']}, not {record['weights_used']}"
                 raise UserError(f"{folder.name} began with other --weights: {other}; name the same")
@@ -2275,8 +2274,7 @@ def check_films(source, films, missing, allow_partial):
         pairs = [f"{a} holds {b}" for a, b in zip(renamed, belongs[renamed.index])]
         refuse(pairs, "renamed films, their labels would be wrong")
         other = films["image"][belongs.isna() & usable]
-        differ = "films differ from the distributed database, so results cannot be compared"
-        warn_of(other, differ)
+        warn_of(other, "films differ from the distributed database; results cannot be compared")
     problems = [f"{len(missing)} films are missing: {listing(missing)}"] if missing else []
     problems += [f"{row.image}: {row.problem}" for row in films[~usable].itertuples()]
     if problems and not allow_partial:

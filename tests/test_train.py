@@ -615,6 +615,24 @@ def test_resume_with_other_settings_or_data_is_refused_and_names_the_difference(
         train(run="old", resume=True, **changes)
 
 
+def test_a_run_whose_looks_were_named_goes_on(tiny):
+    train(run="one", looks="whole", epochs=1)
+    gone_on = train(run="one", looks="whole", resume=True, epochs=2)
+    assert gone_on.state.progress["epoch"] == 2
+    assert step.Settings(looks=["whole"]).looks == ("whole",)  # as typed in a cell
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [("epochs", 2.5, "0 to 99999 .int"), ("epochs", "3", "'3': expected 0 to 99999 .*quotes")]
+    + [("seed", -1, "0 to 4294967295"), ("recipe", "lesions", "one of: lesion, plain")]
+    + [("precision", "fp16", "one of: auto, fp32, bf16")],
+)
+def test_a_value_that_no_flag_would_take_is_refused_where_it_is_typed(name, value, said):
+    with pytest.raises(UserError, match=f"--{name} .*{said}"):
+        setattr(step.Settings(), name, value)
+
+
 def test_resume_with_other_weights_than_the_run_began_with_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(network, "load_weights", lambda *given: network.Weights(None, "none"))
     train(run="old", weights="auto", freeze=-1)
@@ -631,19 +649,6 @@ def test_truncated_last_state_is_named_and_the_best_one_offered(tiny):
         train(resume=True, epochs=2)
     assert str(folder / "last.pt") in str(caught.value)
     assert f"{folder / 'best.pt'} is still there" in str(caught.value)
-
-
-def test_runs_and_checkpoints_of_an_earlier_version_are_refused(tiny):
-    folder = train().run_folder
-    best, record = load(folder), common.read_json(folder / "settings.json")
-    torch.save({k: v for k, v in best.items() if k != "reduce"}, folder / "fold-0/best.pt")
-    with pytest.raises(UserError, match="best.pt does not fit .*train again"):
-        conftest.run_main("05_evaluate.py")
-    del record["looks"]
-    common.write_json(record, folder / "settings.json")
-    for name, changes in {"04_train.py": {"resume": True}, "05_evaluate.py": {}}.items():
-        with pytest.raises(UserError, match=f"{folder.name} was made by an earlier version"):
-            conftest.run_main(name, **changes)
 
 
 # ---------------------------------------------------------------------- names and refusals
