@@ -395,10 +395,10 @@ elif part * (1 - settings.recall) < 1:
 
 
 # %% A film of your own: settings.image = "film.png", then run this cell
-# The same crop and canvas as in step 1; of a pair, the first film's laterality settles the
-# second's. No model is better than the others, so the probabilities of all folds are averaged. A
-# film from another scanner may look like nothing that the network knows, and it would answer all
-# the same: that cannot be forbidden, but it is said. Probabilities of a model are no diagnosis.
+# The same crop and canvas as in step 1, and pixels decide what is mirrored, as there. No model is
+# better than the others, so the probabilities of all folds are averaged. A film from another
+# scanner may look like nothing that the network knows, and it would answer all the same: that
+# cannot be forbidden, but it is said. Probabilities of a model are no diagnosis.
 def place_own_films(paths, settings, record):
     """Return the films of paths, their canvases, and their rows as in films.csv."""
     if settings.pair and len(paths) != 2:
@@ -419,7 +419,7 @@ def place_own_films(paths, settings, record):
     never = "films are unlike the training films; the models were never tried on such"
     common.warn_of(rows["image"][rows["unlike"]], never)
     if settings.pair and rows["mirrored"].nunique() == 1:
-        common.warn("both films look like the same breast; name the first one's --laterality")
+        common.warn("both films look like the same breast; was one mirrored, or named twice?")
     return films, canvases, rows
 
 

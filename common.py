@@ -276,7 +276,8 @@ def flag_values(settings_class, description):
     layout = {"formatter_class": RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = _Parser(description=description, **layout)
     classes = filter(dataclasses.is_dataclass, reversed(settings_class.__mro__))
-    source = "".join(map(inspect.getsource, classes))
+    # reading the comments takes a while
+    source = "".join(map(inspect.getsource, classes if {"-h", "--help"} & {*sys.argv} else ()))
     comments = dict(re.findall(r"^\s+(\w+): .*?  # (.*)$", source, flags=re.MULTILINE))
     for field in dataclasses.fields(settings_class):
         text = comments.get(field.name, "").replace("%", "%%")
