@@ -39,9 +39,10 @@ class Settings(common.SeedSettings):
     source: str = "auto"  # mias, phantom, own; auto: MIAS if it can be had
     images: str = ""  # folder with films, in place of an archive or a download
     archive: str = ""  # all-mias.tar.gz, .tar or .zip, with any folders inside
-    labels: str = ""  # CSV of your own films: image,label[,patient][,laterality]
-    findings: str = ""  # CSV of their findings: image, and x,y,radius or x0,y0,x1,y1 in film px
+    labels: str = ""  # CSV of your own films: image,label[,patient][,laterality], or a pattern
+    findings: str = ""  # CSV: image, and x,y,radius or x0,y0,x1,y1 (film px, y from the top)
     classes: str = ""  # what your labels mean, such as "0=normal,1=malignant"
+    patient_from: str = ""  # regular expression whose (group) in a film's name is its patient
     crop: Literal["breast", "none"] = "breast"  # none: whole images, unmirrored; ultrasound, MRI
     size: str = "auto"  # canvas, height x width; auto: MIAS 1024x576, own 512x288, phantoms 160x90
     folds: int = 5  # parts of the cross-validation; each is the test set once
@@ -122,10 +123,12 @@ def read_mias(folder, files, settings):
 
 def read_own(folder, files, settings):
     """Read your own tables, or the names of the folders that the films lie in."""
-    labels = common.read_own_labels(settings.labels, files, settings.classes)
-    if not settings.findings:
-        return labels, pd.DataFrame(columns=common.FINDINGS)
-    findings = common.read_own_findings(settings.findings, labels, settings.classes)
+    classes = settings.classes
+    labels = common.read_own_labels(settings.labels, files, classes, settings.patient_from)
+    path, given = settings.findings or settings.labels, bool(settings.findings)
+    findings = pd.DataFrame(columns=common.FINDINGS)
+    if path:  # a table of labels may have them too
+        findings = common.read_own_findings(path, labels, classes, needed=given)
     labels["findings"] = labels["image"].map(findings["image"].value_counts()).fillna(0).astype(int)
     return labels, findings
 

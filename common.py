@@ -562,7 +562,8 @@ def draw_films(pictures, title, rows=1, size=(10, 3), white=255):
         axis.axis("off")
     for axis, (name, picture, *outline) in zip(axes.flat, pictures):
         axis.imshow(np.asarray(picture), cmap="gray", vmin=0, vmax=white)
-        axis.set_title(name, fontsize=9)
+        short = f"{name[:29]} ... {name[-9:]}"  # paths may be names, as in CBIS-DDSM
+        axis.set_title(name if len(name) < 45 else short, fontsize=9)
         extent = (-0.5, picture.shape[1] - 0.5, picture.shape[0] - 0.5, -0.5)
         for over in (part for part in outline if part.max() > 0.5):
             axis.contour(over, [0.5], colors="#56B4E9", extent=extent, origin="upper")
@@ -1068,19 +1069,40 @@ def find_mias(settings):
 # %% Tables of your own: as Excel, R and text editors write them
 
 
-def read_own_table(path):
-    """Return a CSV as a DataFrame of text, stripped; its index is the number of the line.
+HEADER = "write a CSV with the columns image, x0, y0, x1, y1 (px, from the top left) and severity"
+NO_CSV = {
+    "an Excel workbook; save it as CSV there, and name that": rb"PK|\xd0\xcf\x11\xe0",
+    f"JSON, as COCO has it; {HEADER}": rb"\s*[{\[]\s*[\"{]",
+    f"a text of numbers, as YOLO has it (shares of the film); {HEADER}": rb"\d+( [\d.]+){4,}\s",
+}
 
-    Separators, encodings and line ends differ from program to program. All stays text: 007 is no
-    number here.
+
+def read_own_table(name):
+    """Return a CSV, or all that a pattern stands for, as a DataFrame of text, stripped.
+
+    Its index is the number of the line. All stays text: 007 is no number here.
     """
-    path = Path(path).expanduser()
+    tables, spelling = {path: read_csv(path) for path in matching(name)}, {}
+    for path, table in tables.items():
+        table.columns = [spelling.setdefault(plain_name(column), column) for column in table]
+        table.index = [f"{path.name}:{n}" for n in table.index] if len(tables) > 1 else table.index
+    return pd.concat(tables.values()).fillna("")
+
+
+def plain_name(name):
+    """Return a column's name in small letters, without blanks and signs."""
+    return re.sub(r"[\W_]", "", str(name)).lower()
+
+
+def read_csv(path):
+    """Return one CSV; separators, encodings and line ends differ from program to program."""
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    if raw.startswith((b"PK", b"\xd0\xcf\x11\xe0")):
-        raise UserError(f"{path} is an Excel workbook; save it as CSV there, and name that")
+    for kind, beginning in NO_CSV.items():
+        if re.match(beginning, raw):
+            raise UserError(f"{path} is {kind}")
     wide = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
         text = raw.decode("utf-16" if wide else "utf-8-sig")
@@ -1109,44 +1131,60 @@ def read_own_table(path):
         names, table = names.iloc[1:], table.iloc[:, 1:]
     named = (names != "").to_numpy()
     more = table.index[(table.loc[:, ~named] != "").any(axis=1)]
-    refuse(more, f"{path} cannot be read: more values than columns ({listing(names)}) in line")
+    what = f"{path} cannot be read: more values than columns ({listing(names, 99)})"
+    refuse(more, f"{what}; has it a line of column names, and no prose above? In line")
     table = table.loc[(table != "").any(axis=1), named]
+    plain = [plain_name(name) for name in table]
+    twice = sorted({str(n) for n, p in zip(table, plain) if p and plain.count(p) > 1})
+    refuse(twice, f"{path} has a column twice")
     if table.empty:
-        raise UserError(f"{path} has no rows below its header ({listing(names)})")
+        raise UserError(f"{path} has no rows below its header ({listing(names, 99)})")
     return table
 
 
 LABELS = ["image", "patient", "laterality", "tissue", "label", "label_name", "findings"]
 FINDINGS = ["image", "type", "severity", "x", "y", "radius"]
+TYPES = "CALC CIRC SPIC MISC ARCH ASYM NORM".split()  # of findings, as MIAS has them
 COLUMNS = [  # in small letters, without blanks and signs; the first that is there is taken
-    "image file filename filepath path film imageid imagename imagefile imagefilepath",
-    "label labelname class classname pathology diagnosis",
-    "patient patientid subject subjectid case caseid id",
-    "laterality imagelaterality side breast leftorrightbreast view",
+    "image file filename filepath path film imageid imagename imagefile imagefilepath refnum",
+    "label labelname class classname pathology diagnosis classification severity cancer status "
+    "breastbirads birads assessment",
+    "patient patientid subject subjectid case caseid studyid id id1",
+    "laterality imagelaterality side breast leftorrightbreast leftright view",
+    "type",
+]
+BOXES = [
+    COLUMNS[0],
+    "severity findingbirads pathology classification class classname label birads assessment",
+    *("type", "x", "y", "radius"),
+    *("x0 xmin left", "y0 ymin top", "x1 xmax right", "y1 ymax bottom"),
 ]
 
 
-def own_columns(table, path, wanted=COLUMNS, needed=()):
+def own_columns(table, path, wanted=COLUMNS, needed=(), quiet=False):
     """Return the columns of a table by the first names of `wanted`, and those that are left.
 
     What is taken for what is said: a patient column that is overlooked would put films of a
-    patient on both sides.
+    patient on both sides. A column with words of TYPES is the type, whatever it is called.
     """
-    plain = [re.sub(r"[\W_]", "", str(name)).lower() for name in table]
-    twice = sorted({str(n) for n, p in zip(table, plain) if p and plain.count(p) > 1})
-    refuse(twice, f"{path} has a column twice")
+    types = [name for name, words in table.items() if words.str.upper().isin(TYPES).any()]
+    plain = ["type" if name in types[:1] else plain_name(name) for name in table]
     columns, found = dict(zip(plain, table)), {}
     for role, *others in map(str.split, wanted):
         for name in [name for name in (role, *others) if name in columns][:1]:
             found[role] = columns[name]
-            if name != role:
+            if name != role and not quiet:
                 print(f'{path}: its column "{columns[name]}" is taken for {role}')
-    missing = " and ".join(role for role in needed if role not in found)
-    refuse(table.columns if missing else (), f"{path} lacks the column {missing}; found")
+    breasts = {"image"} if {"patient", "laterality"} <= {*found} else set()  # a row is a breast
+    missing = " and ".join(role for role in needed if role not in {*found, *breasts})
+    if missing:
+        what = f"{path} lacks the column {missing}; found {listing(table.columns, 99)}"
+        raise UserError(f"{what}; the first line names columns (image,label,patient,laterality)")
     kept = list(found.values())
     rest = table.drop(columns=kept)
-    if len(rest.columns):
-        print(f"{path}: not used: {listing(rest.columns)}")
+    unused = [name for name in rest if plain_name(name) not in " ".join(BOXES).split()]
+    if unused and not quiet:
+        print(f"{path}: not used: {listing(unused, 99)}")
     return table[kept].set_axis(list(found), axis=1), rest
 
 
@@ -1163,14 +1201,27 @@ def named_classes(classes=""):
     return known
 
 
+# of MIAS, BCDR and CBIS-DDSM
+WORDS = {"b": 0, "n": 1, "m": 2, "norm": 1, "malign": 2, "benign_without_callback": 0}
+
+
+def class_codes(words, known):
+    """Return the codes of words (Series of text), NaN where unknown; BI-RADS 4a is known as 4."""
+    words = words.str.lower().str.replace(r"\.0+$", "", regex=True)
+    number = words.str.extract(r"^(?:bi-?rads?)?[ :_-]*(\d)[abc]?$", expand=False)
+    return words.map({**WORDS, **known}).fillna(number.map(known))
+
+
 def checked_labels(table, rest, classes, path):
     """Return the labels (codes) of a table; UserError names lines without one, or with two.
 
     1 means cancer in many tables and "normal" here, so numbers count only if they are exactly 0,
-    1 and 2, or if --classes says what they mean.
+    1 and 2, or if --classes says what they mean. Nothing is normal where a type says NORM only.
     """
     known = named_classes(classes)
     words = table["label"].str.lower().str.replace(r"\.0+$", "", regex=True)
+    if "type" in table:
+        words = words.mask((words == "") & (table["type"].str.upper() == "NORM"), "normal")
     numbers = sorted(set(words[words.str.fullmatch(r"[-+]?\d+")]) - set(known))
     if numbers == ["0", "1", "2"]:
         known.update({"0": BENIGN, "1": NORMAL, "2": MALIGNANT})
@@ -1179,14 +1230,14 @@ def checked_labels(table, rest, classes, path):
         ours = "only exactly 0 (benign), 1 (normal) and 2 (malignant) are known; BI-RADS are none"
         hint = 'say what yours mean, --classes "0=normal,...", or write names'
         raise UserError(f"{path}: labels are the numbers {listing(numbers)}; {ours}; {hint}")
-    label = words.map(known)
-    bad = table.index[label.isna() | (table["image"] == "")]
+    label = class_codes(words, known)
+    bad = table.index[label.isna() | (table.get("image", "a film") == "")]
     found = listing(table.loc[bad, "label"].unique())
     ours = "labels are benign, normal, malignant or 0, 1, 2"
     hint = f'{ours}; --classes "cancer=malignant,..." says what other words mean'
     refuse(bad, f"{path}: no valid image or label (found {found}); {hint}. In line")
     for name, words in rest.items():
-        words = words[words != ""].str.lower()
+        words = words[(words != "") & (not plain_name(name).startswith("finding"))].str.lower()
         second = words[~words.str.fullmatch(r"[\d.]+")].map(known)
         other = second.index[second.notna() & (second != label[second.index])]
         refuse(other, f'{path}: the label and the column "{name}" contradict in line')
@@ -1214,12 +1265,13 @@ def same_patients(names):
     return merged
 
 
-VIEWS = "cc|mlo|ml|lm|lmo|xccl|xccm|xcc|sio|at|cv|fb|breast"
+VIEWS = "cc|mlo|o|ml|lm|lmo|xccl|xccm|xcc|sio|at|cv|fb|breast"
 
 
 def sides_of(sides, path="`labels`"):
     """Return "right", "left" or "" for sides such as R, Left or L-MLO, a Series of text."""
     words = sides.str.strip().str.lower()
+    words = words.str.replace(r"^(?:cc|mlo)([lr])t$", r"\1", regex=True)  # DMID: CCLT
     found = words.str.extract(rf"^(?!lat$)(r|l|right|left|)(?:[ _-]*(?:{VIEWS}))?$", expand=False)
     wrong = sides[found.isna()].unique()
     refuse(wrong, f"{path}: expected right, left or nothing, found laterality")
@@ -1242,27 +1294,39 @@ def tails(key):
 def match_films(labels, files):
     """Return the labelled films among `list_files`, {image: path} in their order, and the rest.
 
-    A table's names and a folder's need not be written alike, and either may begin further up.
+    A table's names and a folder's need not be written alike, and either may begin further up. Where
+    no film is called so, a folder of one row's path, or a part of a film's name, stands for it.
     UserError if a name could be meant in two ways, or none is there.
     """
     refuse(labels["image"][labels["image"].duplicated()], "`labels` has films twice")
     wanted = {film_name(image).lower(): image for image in labels["image"]}
-    longer = {}  # names that begin further up than the folder
+    longer, parts = {}, {}  # names that begin further up than the folder; parts of names
     for key, image in wanted.items():
         for tail in tails(key)[1:]:
             longer.setdefault(tail, []).append(image)
-    found, extra, several = {}, [], []
+        for part in key.split("/"):
+            parts.setdefault(re.sub(r"\.0$", "", part), []).append(image)
     films = files[files["kind"] == "film"]
-    for path, name in zip(films["path"], films["name"].map(film_name)):
-        key = name.lower()
-        named = next(([wanted[tail]] for tail in tails(key) if tail in wanted), longer.get(key, []))
-        for image in named:
+    names = dict(zip(films["path"], films["name"].map(film_name)))
+    meant = {}
+    for path, name in names.items():
+        ends = tails(name.lower())
+        found = next(([wanted[tail]] for tail in ends if tail in wanted), longer.get(ends[0], []))
+        meant[path] = found
+    if not any(meant.values()):
+        for path, name in names.items():
+            own = {*name.lower().split("/"), *name.lower().split("/")[-1].split("_")}
+            alone = [parts[part][0] for part in own if len(parts.get(part, ())) == 1]
+            meant[path] = sorted({*alone})
+    found, several = {}, []
+    for path, images in meant.items():
+        for image in images:
             found.setdefault(image, []).append(path)
-        extra += [] if named else [name]
-        several += [path] if len(named) > 1 else []
+        several += [path] if len(images) > 1 else []
     several = [image for image, paths in found.items() if len(paths) > 1] + several
     hint = "give each file a name of its own, or name its folder too"
     refuse(several, f"{hint}; several films could be meant by")
+    extra = [names[path] for path, images in meant.items() if not images]
     if not found:
         wanted, there = listing(labels["image"], 3) or "no film", listing(extra, 3)
         raise UserError(f"no labelled film was found; expected {wanted}, found {there}")
@@ -1319,23 +1383,108 @@ def say_contradictions(labels, folders, headers, path):
             warn(f"{path} contradicts {what}: {listing(images)}")
 
 
-def read_own_labels(path, files=None, classes=""):
+def one_column(table, path, classes):
+    """Return a table with one column `label` in place of a column of 0 and 1 for each class."""
+    known, yes = named_classes(classes), ["1", "1.0"]
+    flags = [n for n in table if n.lower() in known and table[n].isin(["0", "0.0", *yes]).all()]
+    if len(flags) < 2:
+        return table
+    print(f"{path}: its columns {listing(flags)} are taken for label")
+    label = pd.Series("", table.index)
+    for name in sorted(flags, key=lambda name: SEVERITY.index(known[name.lower()])):
+        label = label.mask(table[name].isin(yes), name)
+    return table.drop(columns=flags).assign(label=label)
+
+
+def films_of_breasts(table, files, path):
+    """Return a row for each film of the breasts in a table, by the patient and side of headers."""
+    films = files[files["kind"] == "film"]
+    headers = headers_of(dict(zip(films["name"].map(film_name), films["path"])))
+    if headers.empty:
+        what = "has no column image, and no film is a DICOM file that names its patient and side"
+        raise UserError(f"{path} {what}; add the column image, the name of each film")
+    headers = headers.assign(laterality=sides_of(headers["laterality"])).rename_axis("image")
+    return headers.reset_index().merge(table, on=["patient", "laterality"])
+
+
+def one_row_a_film(table, path):
+    """Return the first row of each film, with its worst label; rows may be findings."""
+    key = table["image"].map(film_name).str.lower()
+    for role in {"patient", "laterality"} & {*table}:
+        lines = table.index[table[role].groupby(key).transform("nunique") > 1]
+        refuse(lines, f"{path}: films with more than one {role}, in line")
+    label, several = worst(table["label"], key), key[key.duplicated()].nunique()
+    if several:
+        mixed = (table["label"].groupby(key).nunique() > 1).sum()
+        what = f"{several} films have several rows, {mixed} of them several labels"
+        print(f"{path}: {what}; the worst counts")
+    return table.assign(label=label)[~key.duplicated()]
+
+
+COPY = r"(?: \(\d+\)|[ _-]+(?:copy|aug|augmented|rot|rotated|flip|flipped)[ _-]?\d*|\.rf\.\w+)$"
+
+
+def originals(names):
+    """Return the names of films without the number of a copy; say which ones are copies."""
+    first = names.str.replace(COPY, "", regex=True, case=False)
+    # benign (1), benign (2): numbers of films; mdb001 (1), mdb001 (2): copies of a film
+    copy = first.duplicated(keep=False) & (first.str.contains(r"\d") | first.isin(names))
+    warn_of(names[copy & (first != names)], "films are copies by their names, of one patient each")
+    return first.where(copy, names)
+
+
+def patients_from(pattern, names):
+    """Return what the first group of a regular expression finds in films' names."""
+    try:
+        found = names.str.extract(pattern)[0]
+    except (re.error, ValueError) as error:
+        what = f"--patient-from {pattern}: {error}"
+        raise UserError(f'{what}; expected such as "^([0-9]+)_", (patient) in brackets') from None
+    refuse(names[found.isna()], f"--patient-from {pattern} finds no patient in")
+    return found
+
+
+def hint_at_patients(names):
+    """Return the --patient-from for a part of films' names that several share, else ""."""
+    if names.str.contains(r"mdb\d{3}", case=False).all():
+        return "; of MIAS mdb001 and mdb002 are one patient's, mdb003 and mdb004, and so on"
+    parts = names.str.split("[_/]", expand=True, regex=True)
+    for n, part in parts.items() if parts.notna().all(axis=None) else ():
+        if max(5, len(names) / 25) < part.nunique() < 0.75 * len(names):
+            pattern = f"([^_/]+)([_/][^_/]*){{{parts.shape[1] - 1 - n}}}$"
+            return f'; their names look so, try --patient-from "{pattern}"'
+    return ""
+
+
+def say_patients_labels(labels, path):
+    """Warn where each patient with a finding has the same label on both sides."""
+    sides = labels[labels["laterality"] != ""].groupby("patient")
+    sides = sides.agg({"laterality": "nunique", "label": ["nunique", "max", "min"]})
+    both = sides[(sides.iloc[:, 0] == 2) & ~(sides.iloc[:, 2:] == NORMAL).all(axis=1)]
+    if len(both) >= 8 and (both.iloc[:, 1] == 1).all():
+        what = f"all {len(both)} patients with an abnormal film have one label on both sides"
+        warn(f"{path}: {what}; is it the patient's? the other breast would be taught wrongly")
+
+
+def read_own_labels(path, files=None, classes="", patient_from=""):
     """Return labels of your own, from a CSV or ("") from folders named as classes.
 
     Whatever could be meant in two ways is refused, with its line.
     """
     if path:
-        table, rest = own_columns(read_own_table(path), path, needed=("image", "label"))
+        table = one_column(read_own_table(path), path, classes)
+        table, rest = own_columns(table, path, needed=("image", "label"))
     else:
         path, rest = "the folders of classes", pd.DataFrame()
         table = pd.DataFrame(in_class_folders(files, classes), columns=["image", "label"])
-    label = checked_labels(table, rest, classes, path)
-    again = table["image"].map(film_name).str.lower().duplicated()
-    lines, twice = listing(table.index[again]), table["image"][again].unique()
-    what = "a film has one row, its findings go into --findings FILE"
-    refuse(twice, f"{path} (line {lines}) names films twice; {what}. Twice are")
+    table["label"] = checked_labels(table, rest, classes, path).astype(int)
+    table["laterality"] = sides_of(table.get("laterality", pd.Series("", table.index)), path)
+    table = table if "image" in table else films_of_breasts(table, files, path)
+    table = one_row_a_film(table, path)
     table["image"] = table["image"].map(film_name)
     paths = match_films(table, files)[0] if files is not None else {}
+    names = dict(zip(files["path"], files["name"])) if paths else {}
+    names = {image: film_name(names[path]) for image, path in paths.items()}
     headers = headers_of(paths)
     for role in headers:
         own = table.get(role, pd.Series("", table.index))
@@ -1345,53 +1494,71 @@ def read_own_labels(path, files=None, classes=""):
             if role == "patient":
                 values = values.where(values != "", table["image"])
             table[role] = values
+    name = table["image"].map(lambda image: names.get(image, image))  # of the file: it says more
+    if patient_from:
+        table["patient"] = patients_from(patient_from, name)
+    if "patient" in table and table["patient"].str.lower().str.fullmatch(MISSING).all():
+        table = table.drop(columns="patient")
     if "patient" in table:
         without = table.index[table["patient"] == ""]
         refuse(without, f"{path}: fill the column patient or leave it out; no patient in line")
     if "patient" not in table or len(table) > 2 and table["patient"].is_unique:
         what = "all patients are different" if "patient" in table else "no patient column"
         hint = "if some have several films, name them in a column patient, or films leak"
-        warn(f"{path}: {what}, so each image counts as its own patient; {hint} between the parts")
-    patient = same_patients(table["patient"]) if "patient" in table else table["image"]
-    side = sides_of(table.get("laterality", pd.Series("", table.index)), path)
-    labels = table.assign(patient=patient, laterality=side, tissue="", label=label, findings=0)
+        what = f"{what}, so each image counts as its own patient; {hint} between the parts"
+        warn(f"{path}: {what}{hint_at_patients(name)}")
+    patient = originals(table["image"])
+    patient = same_patients(table["patient"]) if "patient" in table else patient
+    side = sides_of(table["laterality"], path)
+    labels = table.assign(patient=patient, laterality=side, tissue="", findings=0)
     labels["label_name"] = labels["label"].map(dict(enumerate(CLASS_NAMES)))
     known = named_classes(classes)
-    names = dict(zip(files["path"], files["name"])) if paths else {}
-    folders = {image: class_of_folder(names[file], known) for image, file in paths.items()}
+    folders = {image: class_of_folder(name, known) for image, name in names.items()}
     folders = {image: known[word] for image, word in folders.items() if word}
     say_contradictions(labels, folders, headers, path)
+    say_patients_labels(labels, path)
     return labels.reset_index(drop=True)[LABELS]
 
 
-def read_own_findings(path, labels, classes=""):
+def read_own_findings(path, labels, classes="", needed=True):
     """Return the findings of a CSV: image and x,y,radius or x0,y0,x1,y1[, severity][, type].
 
     In pixels of the film, y from the top; a box becomes the circle round its middle with half its
-    longer side.
+    longer side. A row without a place is a finding that has none, unless it says that there is
+    nothing. What is not `needed`, as in a table of labels, may have no findings at all.
     """
-    corners = ["x0 xmin left", "y0 ymin top", "x1 xmax right", "y1 ymax bottom"]
-    wanted = [COLUMNS[0], "severity pathology", "type", "x", "y", "radius", *corners]
     raw = read_own_table(path)
-    table, _ = own_columns(raw, path, wanted, needed=["image"])
+    table, _ = own_columns(raw, path, BOXES, needed=["image"] if needed else (), quiet=not needed)
     box = "x0" in table
     numbers = ["x0", "y0", "x1", "y1"] if box else ["x", "y", "radius"]
     expected = "x, y, radius or the corners x0, y0, x1, y1"
-    refuse(() if {*numbers} <= {*table} else raw.columns, f"{path}: expected {expected}; found")
-    texts = pd.Series(table[numbers].to_numpy().ravel())
-    if {",", "."} <= set("".join(texts)):
-        raise UserError(f"{path}: numbers with commas and others with points; write 1040 and 12.5")
-    thousands = texts[texts.str.fullmatch(r"\d+\.\d{3}")].unique()
-    if len(thousands):
-        warn(f"{path}: points are taken for decimal ones in {listing(thousands)}")
-    points = table[numbers].replace(r",(?!\d{3}$)", ".", regex=True)  # 1,020 may be a thousand
-    table[numbers] = points.apply(pd.to_numeric, errors="coerce")
+    if not {"image", *numbers} <= {*table}:
+        refuse(raw.columns if needed else (), f"{path}: expected {expected}; found")
+        return pd.DataFrame(columns=FINDINGS)
     names, keys = (part["image"].map(film_name).str.lower() for part in (table, labels))
     film = names.map(dict(zip(keys, labels.index)))
     label = film.map(labels["label"])
     word = table.get("severity", pd.Series("", table.index)).str.lower()
-    named = word.map({"b": BENIGN, "m": MALIGNANT, **named_classes(classes)})
-    severity = named.where(named != NORMAL).where(word != "", label)
+    own = class_codes(word, named_classes(classes))
+    if own.isna().all() and "severity" not in map(plain_name, raw):
+        word = word.mask(word != "", "")  # words such as mass: no class
+    severity = own.where(word != "", label)
+    nowhere = table[numbers].isin(["", "0", "0.0", "-", "nan"]).all(axis=1)
+    nothing = raw.apply(lambda column: column.str.contains("no.?finding", case=False)).any(axis=1)
+    nothing = nowhere & (nothing | (severity == NORMAL))
+    if nothing.any():
+        print(f"{path}: {nothing.sum()} rows that say that there is no finding are left out")
+    kept = (part[~nothing] for part in (table, film, label, word, severity, nowhere))
+    table, film, label, word, severity, nowhere = kept
+    severity = severity.where((severity != NORMAL) | (word == ""))
+    texts = pd.Series(table[numbers].to_numpy().ravel(), dtype=object)
+    if {",", "."} <= set("".join(texts)):
+        raise UserError(f"{path}: numbers with commas and others with points; write 1040 and 12.5")
+    thousands = texts[texts.str.fullmatch(r"\d+\.\d{3}")].unique()
+    if len(thousands) and max(map(float, thousands)) < 20:  # 78.706 is no 78,706 px
+        warn(f"{path}: points are taken for decimal ones in {listing(thousands)}")
+    points = table[numbers].replace(r",(?!\d{3}$)", ".", regex=True)  # 1,020 may be a thousand
+    table[numbers] = points.apply(pd.to_numeric, errors="coerce")
     if box:
         low, high = table[["x0", "y0"]].to_numpy(), table[["x1", "y1"]].to_numpy()
         table["radius"] = np.where((high > low).all(1), (high - low).max(1) / 2, np.nan)
@@ -1400,7 +1567,7 @@ def read_own_findings(path, labels, classes=""):
     vague = ~table["radius"].between(1e-9, 1e5) | table[["x", "y"]].isna().any(axis=1)
     for wrong, what in [
         (film.isna(), "a film that has no label"),
-        (vague, "no circle or box in numbers such as 1040 and 12.5"),
+        (vague & ~nowhere, "no circle or box in numbers such as 1040 and 12.5"),
         ((table[numbers] <= 1).all(axis=1), "shares of the film in place of its pixels"),
         (severity.isna(), "a severity other than benign (B) or malignant (M)"),
         (worse | (label == NORMAL), "a finding that its film's label contradicts"),
@@ -1409,6 +1576,7 @@ def read_own_findings(path, labels, classes=""):
     table["image"] = film.map(labels["image"])
     table["severity"] = severity.map({BENIGN: "B", MALIGNANT: "M"})
     table["type"] = table.get("type", "lesion")
+    print(f"{path}: {len(table)} findings, {nowhere.sum()} of them without a place")
     return table.reset_index(drop=True)[FINDINGS]
 
 

@@ -307,9 +307,9 @@ def test_6_findings_are_circles_or_boxes_and_checked(home, capsys):
                       "f00,.2,0.5,0.1,": "shares of the film"}.items():  # fmt: skip
         findings.write_text(f"image,x,y,radius,severity\n{row}\n")
         assert what in refused(prepare_data, **choice, findings=str(findings)), row
-    findings.write_text("image,x,y,radius\nf02,30.125,60,5\n")
+    findings.write_text("image,x,y,radius\nf02,12.125,60,5\n")
     prepare_data(**choice, findings=str(findings))
-    assert "points are taken for decimal ones in 30.125" in capsys.readouterr().err
+    assert "points are taken for decimal ones in 12.125" in capsys.readouterr().err
     findings.write_text("image,pathology,x,y,radius\nf02,BENIGN,30,60,5\n")
     assert prepare_data(**choice, findings=str(findings)).findings["severity"][0] == "B"
     capsys.readouterr()

@@ -398,8 +398,6 @@ def test_that_there_is_no_patient_column_is_said_once(home, capsys):
         ("image,label\n,normal\n", ["line: 2"]),
         ("image,label\na.png,cancer\n", ["line: 2", "cancer", "malignant"]),
         ("image,label\na.png,3\n", ["the numbers 3", "--classes"]),
-        ("image,label\na.png,benign\na.tif,benign\n", ["names films twice", "are: a.tif"]),
-        ("image,label\na.png,benign\nA.png,benign\n", ["names films twice", "are: A.png"]),
         ("image,label,Label\na,0,1\n", ["has a column twice"]),
         ("image,label\na,0,p1\nb,1,p2\n", ["cannot be read", "line: 2, 3"]),
         ("image label\na 0\n", ["lacks the column image and label", "image label"]),
