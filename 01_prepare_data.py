@@ -250,9 +250,26 @@ print(f"were films dealt out: {known_share(splits['patient'], part):.0%}")
 
 
 # %% Circles, from film to canvas: the films with what the radiologists marked
-# A circle beside its lesion would mean that y was read upside down. One whose centre lies on
-# background is unusable (mdb212 and mdb214 of MIAS). One that the crop cuts is used as far as it
-# goes: on MIAS that would be a fault of the crop, of a box near the skin it is not.
+# A circle beside its lesion would mean that y was read upside down. Lesions are brighter than the
+# ring round them, so both ways are tried. A circle whose centre lies on background is unusable
+# (mdb212 and mdb214 of MIAS). One that the crop cuts is used as far as it goes: on MIAS that would
+# be a fault of the crop, of a box near the skin it is not.
+def contrast(findings, films, canvases):
+    """Return by how much each circle is brighter than its ring, float (n,), NaN off the canvas."""
+    values, number = [], dict(zip(films["image"], films.index))
+    for row in findings.itertuples():
+        g = common.geometry_of(films.loc[number[row.image]])
+        x, y = common.film_to_canvas(row.x, row.y, g)
+        radius = row.radius * g.scale
+        rows, columns = np.ogrid[: canvases.shape[1], : canvases.shape[2]]
+        box = np.abs(rows - y) <= 1.5 * radius, np.abs(columns - x) <= 1.5 * radius
+        part = canvases[number[row.image]][np.ix_(*(side.ravel() for side in box))]
+        distance = np.hypot(rows[box[0]][:, None] - y, columns[box[1]] - x) / radius
+        inside, ring = part[distance <= 1], part[(distance > 1) & (distance <= 1.5)]
+        values.append(inside.mean() - ring.mean() if inside.size and ring.size else np.nan)
+    return np.array(values)
+
+
 def place_findings(findings, films, canvases, crop="breast"):
     """Add canvas_x, canvas_y and canvas_radius (px), empty for a circle that is unusable.
 
@@ -288,6 +305,15 @@ def place_findings(findings, films, canvases, crop="breast"):
 
 
 part = findings[findings["image"].isin(used_labels["image"])]
+height = part["image"].map(films.set_index("image")["film_height"])
+turned = part.assign(y=height - 1 - part["y"])  # from the other end
+better = contrast(turned, films, canvases) - contrast(part, films, canvases)
+better = better[~np.isnan(better)]
+if len(better) > 4 and better.mean() > 2.5 * better.std() / len(better) ** 0.5:
+    title = f"{(better > 0).sum()} of {len(better)} circles fit their lesions better upside down"
+    if settings.crop == "breast":  # on ultrasound and MRI lesions may be dark
+        common.warn(f"{title}: y is taken to run from the bottom, as in MIAS, and turned over")
+        part = turned
 placed_findings = place_findings(part, usable, canvases, settings.crop)
 as_made["placed_findings"] = placed_findings.copy()
 title = f"{placed_findings['canvas_radius'].notna().sum()} of {len(part)} findings have a circle"

@@ -241,3 +241,30 @@ def test_a_label_of_the_patient_is_named(home, capsys):
     assert "all 9 patients with an abnormal film have one label" in capsys.readouterr().err
     common.read_own_labels(table(home, rows([normal] * 9 + [ill] * 8 + [("benign", "normal")])))
     assert "one label" not in capsys.readouterr().err
+
+
+def test_y_from_the_bottom_is_found_by_the_films_and_said(home, capsys):
+    rng, films, rows = np.random.default_rng(0), {}, []
+    for n in range(12):
+        x, y = rng.integers(15, 40), rng.choice([35, 90])
+        films[f"f{n:02d}.png"] = picture = film(n)
+        inside = np.hypot(*np.ogrid[-y : 128 - y, -x : 128 - x]) < 8
+        picture[inside] = np.clip(picture[inside] + 30.0, 0, 255)
+        rows.append((f"f{n:02d}", x, y))
+    for name, picture in films.items():
+        (home / "scans").mkdir(exist_ok=True)
+        Image.fromarray(picture).save(home / "scans" / name)
+    labels = table(
+        home,
+        "image,label,patient\n"
+        + "".join(
+            f"{name},{('benign', 'malignant')[n % 2]},p{n}\n" for n, (name, _, _) in enumerate(rows)
+        ),
+    )
+    for turned in (False, True):
+        lines = [f"{name},{x},{127 - y if turned else y},8" for name, x, y in rows]
+        path = table(home, "\n".join(["image,x,y,radius", *lines]), name="findings.csv")
+        prepared = prepare_data(images=str(home / "scans"), labels=str(labels), size="64x64",
+                                folds=2, findings=str(path))  # fmt: skip
+        assert prepared.findings["y"].tolist() == [y for _, _, y in rows]
+        assert ("y is taken to run from the bottom" in capsys.readouterr().err) == turned
