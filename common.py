@@ -2034,12 +2034,10 @@ def load_prepared(source):
     state = read_json(folder / "prepared.json")
     try:
         films = np.load(folder / "films.npy", mmap_mode="r")
-        table, labels, findings, splits = (read_table(folder / name) for name in FILES[1:-1])
+        table, findings = (read_table(folder / f"{name}.csv") for name in ("films", "findings"))
+        labels, splits = (edited_table(folder / f"{n}.csv", table) for n in ("labels", "splits"))
         edited = [n for n, digest in state["digests"].items() if file_digest(folder / n) != digest]
         note = "; ".join(filter(None, [state["note"], *(f"{n} edited by hand" for n in edited)]))
-        there = [part.set_index("image") for part in (labels, splits)]  # an editor may have sorted
-        there = [part.loc[table["image"]].reset_index() for part in there]
-        labels, splits = (part[list(old)] for part, old in zip(there, (labels, splits)))
         if not len(films) == len(table) == len(labels) == len(splits):
             raise ValueError("films and tables differ in length")
         pixels, *facts = (state[name] for name in ("pixels", "crop", "split_seed"))
@@ -2047,6 +2045,11 @@ def load_prepared(source):
         check_tables(labels, splits)
     except (OSError, ValueError, EOFError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"{folder} is not whole ({error}); run 01_prepare_data.py again") from None
+    label = findings["image"].map(labels.set_index("image")["label"])
+    denied = (label == NORMAL) | (label == BENIGN) & (findings["severity"] == "M")
+    names = findings["image"][denied].unique()
+    warn_of(names, "films have findings that their edited labels deny, and that are not taught")
+    findings = findings[~denied].reset_index(drop=True)
     content = fingerprint(pixels, labels.to_csv(), findings.round(3).to_csv())
     return Prepared(source, folder, films, table, labels, findings, splits, content, *facts, note)
 
@@ -2090,6 +2093,26 @@ def announce(prepared):
         print("SYNTHETIC PHANTOMS: figures from here on say nothing about mammograms.", flush=True)
     if prepared.note:
         warn(f"{prepared.folder}: {prepared.note}; figures are not the database's")
+
+
+def edited_table(path, films):
+    """Read labels.csv or splits.csv, maybe edited by hand; return its rows in the films' order."""
+    table = read_own_table(path)
+    lost = {*(LABELS if path.stem == "labels" else ("image", "patient", "fold"))} - {*table}
+    refuse(sorted(lost), f"{path} lacks the columns")
+    for name in {"label", "fold", "findings"} & {*table}:
+        number = pd.to_numeric(table[name], errors="coerce")
+        most = 2 if name == "label" else np.inf
+        wrong = table.index[~(number.between(0, most) & (number % 1 == 0))]
+        refuse(wrong, f"{path}: {name} is no whole number from 0 to {most}, in line")
+        table[name] = number.astype(int)
+    for found, what in [
+        (table.index[table["image"].duplicated()], "a film that is there twice, in line"),
+        ({*films["image"]} - {*table["image"]}, "no row for the films"),
+        ({*table["image"]} - {*films["image"]}, "films that were not prepared"),
+    ]:
+        refuse(sorted(found), f"{path} has {what}")
+    return table.set_index("image").loc[films["image"]].reset_index()[[*table]]
 
 
 def read_table(path):

@@ -963,15 +963,40 @@ def test_labels_edited_by_hand_are_used_and_kept_or_refused_where_they_contradic
     labels.to_csv(path, index=False)
     assert f"contradict: {labels['image'][n]}" in refused(common.load_prepared, "phantom")
     labels.drop(columns="laterality").to_csv(path, index=False)
-    assert "not whole ('laterality')" in refused(common.load_prepared, "phantom")
+    assert "lacks the columns: laterality" in refused(common.load_prepared, "phantom")
     labels.loc[n, "label_name"] = "malignant"
     labels.to_csv(path, index=False)
     prepared = common.load_prepared("phantom")
     assert prepared.labels.equals(labels) and prepared.note == "labels.csv edited by hand"
     assert prepared.fingerprint != first.fingerprint
+    labels.astype({"label": float}).to_csv(path, index=False, sep=";")  # as Excel saves it
+    assert common.load_prepared("phantom").labels.equals(labels)
+    text = labels.to_csv(index=False)
+    for old, new, what in [
+        (text[text.index("mdb003") :].split("\n")[0] + "\n", "", "no row for the films: mdb003"),
+        ("2,malignant", ",malignant", "label is no whole number from 0 to 2, in line: "),
+        ("mdb002", "mdb001", "a film that is there twice, in line: 3"),
+    ]:
+        path.write_text(text.replace(old, new))
+        assert what in refused(common.load_prepared, "phantom")
+    labels.to_csv(path, index=False)
     assert prepare_data(**TINY).fingerprint == first.fingerprint
     kept = first.folder / "labels.edited-1.csv"
     assert common.read_table(kept).equals(labels)
+
+
+def test_a_circle_that_an_edited_label_denies_is_named_and_not_taught(home, capsys):
+    first = prepare_data(**TINY)
+    path, labels = first.folder / "labels.csv", first.labels.copy()
+    image = first.findings["image"][0]
+    labels.loc[labels["image"] == image, ["label", "label_name"]] = common.NORMAL, "normal"
+    labels.to_csv(path, index=False)
+    findings = common.load_prepared("phantom").findings
+    assert image not in set(findings["image"]) and len(findings) < len(first.findings)
+    assert f"labels deny, and that are not taught: {image}" in capsys.readouterr().err
+    labels.loc[labels["label"] == common.MALIGNANT, ["label", "label_name"]] = 0, "benign"
+    labels.to_csv(path, index=False)
+    assert set(common.load_prepared("phantom").findings["severity"]) <= {"B"}
 
 
 NEW = """def read_mine(folder, files, settings):
