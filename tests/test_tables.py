@@ -1,14 +1,22 @@
 """Tables of public databases, in their real forms: read right, or refused with what to do next."""
 
+import re
+import shlex
+
 import numpy as np
 import pytest
 from conftest import prepare_data
 from PIL import Image
 from test_own import dicom, film, table
-from test_prepare import refused
+from test_prepare import prepare, refused
 
 import common
 
+# the flags of step 1 that README has for databases, {database: {flag: value}}
+README = (common.PROJECT / "README.md").read_text(encoding="utf-8")
+README = dict(re.findall(r"^\| ([\w-]+) \| `(--images .*?)`", README, re.MULTILINE))
+README = {name: shlex.split(flags) for name, flags in README.items()}
+README = {name: dict(zip(flags[::2], flags[1::2])) for name, flags in README.items()}
 UID = "1.3.6.1.4.1.9590.100.1.2.{}"
 
 
@@ -41,7 +49,7 @@ def cbis(home, path):
             text[-1] = text[-1].replace("x/y", '"x/y')  # a line end in the last quoted field
             names.append(path.format(f"{kind}-Training_P_0000{n}_{side}_CC", *uids))
         table(home, "\r\n".join(text), name=f"{kind.lower()}_case_description_train_set.csv")
-    return str(home / "*_case_description_*.csv"), sorted(set(names))
+    return str(home / README["CBIS-DDSM"]["--labels"].split("/")[1]), sorted(set(names))
 
 
 @pytest.mark.parametrize("path", ["{0}/07-20-2016-DDSM/1.000000-full/1-1.dcm", "jpeg/{2}/1-7.jpg"])
@@ -69,12 +77,12 @@ def test_inbreast(home, capsys):
                     for n in range(12))  # fmt: skip
     files, path = scans(home, names), table(home, text)
     assert "--classes" in refused(common.read_own_labels, path, files)
-    classes = "1=normal,2=benign,3=benign,4=malignant,5=malignant,6=malignant"
+    classes = README["INbreast"]["--classes"]
     found = common.read_own_labels(path, files, classes)
     said = capsys.readouterr().err
     assert '--patient-from "([^_/]+)([_/][^_/]*){4}$"' in said and found["patient"].is_unique
     pattern = said.split('--patient-from "')[1].split('"')[0]
-    for expression in (pattern, "_([0-9a-f]{16})_"):
+    for expression in (pattern, README["INbreast"]["--patient-from"]):
         found = common.read_own_labels(path, files, classes, expression)
         assert found["patient"].tolist() == [f"{n // 2:016x}" for n in range(12)]
     assert found["label"].tolist() == [1] * 4 + [0] * 2 + [2] * 6
@@ -132,7 +140,7 @@ def test_vindr_and_rsna(home, capsys):
     for film_, breast, kind, birads, corners in rows:
         text += f'{film_},CC,3518,2800,{breast},DENSITY C,"{kind}",{birads},{corners},training\n'
     files = scans(home, ["s1/i1.dcm", "s1/i2.dcm", "s2/i3.dcm", "s2/i4.dcm"])
-    classes = "1=normal,2=benign,3=benign,4=malignant,5=malignant"
+    classes = README["VinDr-Mammo"]["--classes"]
     path = table(home, text)
     found = common.read_own_labels(path, files, classes)
     assert found["patient"].tolist() == ["s1", "s1", "s2", "s2"]
@@ -145,9 +153,14 @@ def test_vindr_and_rsna(home, capsys):
     text += "".join(f"2,100{n // 2},88{n},{'LR'[n % 2]},CC,50,{n // 4}\n" for n in range(8))
     files = scans(home, [f"png/100{n // 2}_88{n}.png" for n in range(8)])
     files = files[files["name"].str.startswith("png")]
-    found = common.read_own_labels(table(home, text), files, "0=normal,1=malignant")
+    found = common.read_own_labels(table(home, text), files, README["RSNA"]["--classes"])
     assert found["label_name"].tolist() == ["normal"] * 4 + ["malignant"] * 4
     assert len(common.match_films(found, files)[0]) == 8 and found["patient"].nunique() == 4
+
+
+def test_readme_names_flags_that_step_1_has():
+    fields = {f"--{name.replace('_', '-')}" for name in prepare.Settings.__dataclass_fields__}
+    assert len(README) == 5 and all({*flags} <= fields for flags in README.values())
 
 
 def test_cmmd_a_row_is_a_breast_and_headers_tell_its_films(home, capsys):
