@@ -243,8 +243,10 @@ def compare_runs(names, resamples, seed):
     tables = []
     for name in names:
         path = common.runs_dir(name) / "predictions.csv"
-        if not path.is_file():
-            raise UserError(f"{path} is not there; python 05_evaluate.py --run {name} makes it")
+        last = max((p.stat().st_mtime for p in path.parent.glob("fold-*/best.pt")), default=0)
+        if not path.is_file() or path.stat().st_mtime < last:  # a run may have gone on
+            what = "older than the run's networks" if path.is_file() else "not there"
+            raise UserError(f"{path} is {what}; python 05_evaluate.py --run {name} makes it")
         tables.append(common.read_table(path).set_index("image"))
     films = sorted(set.intersection(*(set(table.index) for table in tables)))
     tables = [table.loc[films].reset_index() for table in tables]

@@ -121,9 +121,11 @@ def in_words(path=None):
     """Turn a full disk and a missing permission into a UserError; a failed write names no file."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (*FULL, errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            error = error.__context__  # torch.save fails once more while it ends its file
+        if getattr(error, "errno", 0) not in (*FULL, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise error
         error.filename = error.filename or path
         raise UserError(explain(error)) from None
 

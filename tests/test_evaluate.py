@@ -654,6 +654,19 @@ def test_compared_with_itself_a_run_is_no_better_and_an_ideal_one_is(run):
     assert no_test is None and mean == pytest.approx(1 - wrong / 48 * 2 / 3) and low < mean < high
 
 
+def test_predictions_older_than_the_networks_of_their_run_are_not_compared(home):
+    for name in ("one", "two"):
+        table = judged(np.arange(40) % 3)[0].assign(image=[f"f{n}" for n in range(40)])
+        common.write_csv(table, common.runs_dir(name) / "predictions.csv")
+    step.compare_runs(["one", "two"], 50, 0)
+    best = common.runs_dir("two") / "fold-3-window" / "best.pt"  # --resume has trained on
+    best.parent.mkdir()
+    best.touch()
+    os.utime(best.parents[1] / "predictions.csv", (1, 1))
+    with pytest.raises(UserError, match="older than.*05_evaluate.py --run two makes"):
+        step.compare_runs(["one", "two"], 50, 0)
+
+
 def test_runs_on_films_and_patients_called_001_and_na_can_be_compared(home):
     table, _ = judged(np.arange(40) % 3)
     table["image"] = ["NA", "null", *(f"{n:03d}" for n in range(38))]
