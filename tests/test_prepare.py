@@ -696,14 +696,14 @@ class Mirror(http.server.ThreadingHTTPServer):
     """A server on loopback whose `data` arrives whole only while it is `healthy`."""
 
     daemon_threads = True
-    data, healthy = b"", True
+    data, healthy, head = b"", True, 200
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
-    """Answer HEAD, and GET whole or only by half."""
+    """Answer HEAD, maybe with a refusal, and GET whole or only by half."""
 
     def do_HEAD(self):  # noqa: D102
-        self.send_response(200)
+        self.send_response(self.server.head if self.command == "HEAD" else 200)
         self.send_header("Content-Length", str(len(self.server.data)))
         self.end_headers()
 
