@@ -33,6 +33,7 @@ import textwrap
 import time
 import typing
 import unicodedata
+import urllib.error
 import urllib.request
 import warnings
 import zipfile
@@ -265,8 +266,11 @@ def command_line(settings_class, description):
         flags = main_file and sys.argv[0] and os.path.samefile(main_file, sys.argv[0])
     else:
         sys.excepthook = quiet_excepthook
+        plt.switch_backend("agg")  # MPLBACKEND may be a notebook's, which is not installed here
+        with contextlib.suppress(AttributeError):  # of a stream that is no file
+            sys.stdout.reconfigure(errors="backslashreplace")  # cp1252 cannot show every name
     if not first_rank():
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     settings = settings_class(**(flag_values(settings_class, description) if flags else {}))
     words = ", ".join(f"{name}={value!r}" for name, value in vars(settings).items())
     print(textwrap.fill(f"settings: {words}", 100, break_on_hyphens=False), flush=True)
@@ -314,6 +318,8 @@ def end_here():
 
 
 # %% Files, never half written
+
+HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # of a lock, as systems say
 
 
 @contextlib.contextmanager
@@ -401,9 +407,12 @@ def locked(folder):
                 import fcntl
 
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            hint = "wait until it has finished, or choose another run name or BCD_DATA_DIR"
-            raise UserError(f"another process is writing to {folder}; {hint}") from None
+        except OSError as error:
+            if error.errno in HELD:
+                hint = "wait until it has finished, or choose another run name or BCD_DATA_DIR"
+                raise UserError(f"another process is writing to {folder}; {hint}") from None
+            # some network drives have no locks: ENOSYS, ENOLCK, EOPNOTSUPP
+            warn(f"{folder} cannot be locked ({error.strerror}); let no other process write there")
         yield
 
 
@@ -970,14 +979,17 @@ def extract(archive, folder, downloaded=False):
 
 
 def contact(url, patience=12.0):
-    """Ask a server for the head of a file.
+    """Ask a server for the head of a file or, if it gives no heads (403, 405), for the file.
 
     ConnectionError if there is no good answer, or silence for `patience` seconds.
     """
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=patience).close()
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise ConnectionError(str(getattr(error, "reason", error))) from None
+    for method in ("HEAD", "GET"):
+        try:
+            asked = urllib.request.Request(url, method=method, headers={"User-Agent": "torch.hub"})
+            return urllib.request.urlopen(asked, timeout=patience).close()
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if method == "GET" or not isinstance(error, urllib.error.HTTPError):
+                raise ConnectionError(str(getattr(error, "reason", error))) from None
 
 
 def download(url, path):

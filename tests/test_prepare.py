@@ -19,11 +19,12 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import PROJECT, copy_scripts, prepare, prepare_data, run_main, run_script
+from conftest import PROJECT, copy_scripts, flags, prepare, prepare_data, run_main, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -228,6 +229,9 @@ def test_info_is_read_alike_whatever_its_blanks_line_ends_and_case(change):
             "mdb009",
             "mdb003b D SPIC M 3 4 5",
             "mdb003, D SPIC M 3 4 5",
+            "* mdb009 G NORM",
+            "film mdb009 is normal",
+            "mdb009 G NORM mdb010 G NORM",
             "mdb009 G NORM B 1 2 3",
         )
     ],
@@ -738,6 +742,12 @@ def test_the_database_is_downloaded_once_and_its_licence_shown(mirror, raw, caps
     assert "looking" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("status", [403, 405])
+def test_a_server_that_gives_no_heads_is_asked_for_the_file(mirror, status):
+    mirror.head = status
+    assert common.find_films(prepare.Settings(source="mias"))[0] == "mias"
+
+
 def test_a_connection_that_breaks_off_leaves_nothing_in_the_way(mirror, home):
     mirror.healthy = False
     message = refused(common.find_films, prepare.Settings(source="mias"))
@@ -1113,6 +1123,26 @@ def test_a_mistake_ends_with_one_message_and_a_status(finished, home, capsys):
     assert "did you mean --archive?" in line
     with common.locked(common.data_dir()):
         assert "another process is writing to" in refused(prepare_data, **TINY)
+
+
+def test_a_name_that_the_console_cannot_show_and_a_backend_that_is_not_there_end_nothing(home):
+    choice = own_films(_made(home / "\u6f22\u5b57"))
+    done = run_script(
+        "01_prepare_data.py", *flags(**choice), PYTHONIOENCODING="cp1252",
+        MPLBACKEND="module://matplotlib_nowhere.backend_inline",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "\\u6f22\\u5b57" in done.stdout
+    assert (home / "data" / "own" / "figures" / "one-film.png").stat().st_size > 1000
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows locks by another function")
+@pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_a_drive_without_locks_is_no_other_process(home, monkeypatch, capsys, code):
+    error = OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+    monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=error))
+    with common.locked(home):
+        assert f"{home} cannot be locked ({error.strerror})" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- phantoms
