@@ -11,7 +11,6 @@ Out: build_model() and what belongs to it. Nothing is written but a figure.
 import importlib
 import math
 import pickle
-import re
 import struct
 import sys
 from dataclasses import dataclass
@@ -172,8 +171,19 @@ class Weights(NamedTuple):
     seen: dict = {}  # of a run: digests of its "films", and "patients" as source/patient
 
 
+def flat(values, name=""):
+    """Yield the values of nested dicts, each with its dotted name."""
+    for key, value in values.items():
+        nested = isinstance(value, dict)
+        yield from flat(value, f"{name}{key}.") if nested else [(f"{name}{key}", value)]
+
+
 def read_weights(name, fold=0):
-    """Return the Weights of a file or a run, its wrappers (DataParallel's, say) taken off."""
+    """Return the Weights of a file or a run.
+
+    What stands before the names of resnet18 (state_dict, module, _orig_mod, net ...) is taken off;
+    tensors without it, as those of a loss, are not the network's.
+    """
     path = common.weights_file(name, fold)
     values, seen, label = common.read_checkpoint(path), {}, f"file {path.name}"
     if "validation" in values:  # of step 4
@@ -182,9 +192,12 @@ def read_weights(name, fold=0):
         record, seen = values["record"], values["seen"]
         label = f"run {record['run']} ({record['source_used']}; {record['weights_used']})"
         print(f"weights: {path}, fold {values['fold']} of {label}")
-    for wrapper in ("state_dict", "model"):
-        values = values[wrapper] if isinstance(values.get(wrapper), dict) else values
-    state = {re.sub(r"^((module|model|backbone)\.)+", "", k): v for k, v in values.items()}
+    values, known = dict(flat(values["model"] if seen else values)), "layer1.0.conv1.weight"
+    before = sorted({k[: -len(known)] for k in values if k.endswith(known)}) or [""]
+    what = f"{path} holds several networks, save the state dict of one; their names begin with"
+    common.refuse(before if len(before) > 1 else (), what)
+    state = {k[len(before[0]) :]: v for k, v in values.items() if k.startswith(before[0])}
+    state.update({k: v for k, v in values.items() if seen and not k.startswith(before[0])})  # heads
     broken = [k for k, v in state.items() if torch.is_tensor(v) and not torch.isfinite(v).all()]
     common.refuse(broken, f"{path} cannot be trained on, since it holds NaN or infinite values")
     return Weights(state, label, seen)
@@ -236,8 +249,9 @@ def build_model(weights="auto", recipe="lesion", dropout=0.2, freeze=-1):
         except (RuntimeError, AttributeError) as error:  # other shapes, no tensors
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{name} is no resnet18 ({reason})") from None
-        common.refuse(missing, f"{name} is no resnet18 state dict: tensors are missing")
-        common.refuse(unknown, f"{name} is no resnet18 state dict: tensors are unknown")
+        wrong = {"missing": missing, "unknown": unknown}
+        wrong = [f"{what} are {common.listing(names, 3)}" for what, names in wrong.items() if names]
+        common.refuse(wrong, f"{name} is no resnet18 state dict")
         model.keep_statistics = model.lesion  # batch-norm statistics of eight films are noise
     return model.freeze((0 if state is None else 3) if freeze < 0 else freeze), name
 

@@ -631,12 +631,22 @@ def test_19_other_networks_are_refused_and_wrappers_taken_off(home, small):
     for wrapped in (
         {"state_dict": state}, {"model": {f"module.{k}": v for k, v in state.items()}},
         {f"backbone.{k}": v for k, v in state.items()},
+        {"model_state_dict": {f"module._orig_mod.net.{k}": v for k, v in state.items()},
+         "epoch": 3},
+        {"state_dict": {**{f"encoder.{k}": v for k, v in state.items()},
+                        "criterion.weight": torch.ones(3)}, "callbacks": {"best": 0.5}},
     ):  # fmt: skip
         torch.save(wrapped, home / "a.pth")
         model, _ = network.build_model(str(home / "a.pth"))
         assert torch.equal(model.backbone.conv1.weight, state["conv1.weight"])
-    torch.save(ResNet(BasicBlock, [2] * 4).state_dict(), home / "a.pth")
-    assert "unknown" in refused(network.build_model, str(home / "a.pth"))
+    other = ResNet(BasicBlock, [2] * 4).state_dict()
+    del other["conv1.weight"]
+    torch.save(other, home / "a.pth")
+    message = refused(network.build_model, str(home / "a.pth"))
+    assert "missing are conv1.weight, unknown are layer1.1.conv1.weight," in message
+    torch.save({"student": state, "teacher": state}, home / "a.pth")
+    message = refused(network.build_model, str(home / "a.pth"))
+    assert "several networks" in message and message.endswith("student., teacher.")
 
 
 def test_20_a_run_begins_with_another_and_a_leak_is_refused(home, small, capsys):
