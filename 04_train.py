@@ -68,7 +68,7 @@ class Settings(data.Settings, network.Settings, common.RunSettings):
     ema: float = 0.9  # share of the averaged weights kept at each step; the average is judged
     lr_patience: int = 0  # epochs without a better loss that halve the rates; 0: a third of all
     patience: int = 0  # epochs without a better loss that end the training; 0: half of all
-    max_norm: float = 5.0  # gradients longer than this are shortened to it
+    max_norm: float = 5.0  # gradients longer than this are shortened to it; 0: none are
 
 
 settings = common.command_line(Settings, __doc__)
@@ -86,7 +86,15 @@ def fold_films(prepared, fold, settings):
     return [data.MammogramDataset(prepared, parts[n], labels) for n in ("train", "validation")]
 
 
-prepared = common.open_prepared(settings.source)
+def shares_used(train_films, validation_films, fold):
+    """Return the shares of patients that validate a fold and, of the others, that train it."""
+    train, kept = (films.table()["patient"].nunique() for films in (train_films, validation_films))
+    splits = train_films.prepared.splits
+    there = splits["patient"][splits["fold"] != fold].nunique()
+    return {"validation_used": kept / there, "train_share_used": train / (there - kept)}
+
+
+prepared = common.open_prepared(common.source_of(settings))
 settings = common.taken_up(settings, prepared)
 all_folds = data.named_folds(settings.fold, prepared.splits)
 rank, count = common.processes()
@@ -100,6 +108,9 @@ part = {"train": train_films.labels, "validation": validation_films.labels}
 part = {name: np.bincount(labels, minlength=3) for name, labels in part.items()}
 title = f"films of fold {first_fold}; folds to train: {common.listing(all_folds)}"
 common.table(pd.DataFrame(part, index=CLASS_NAMES), title)
+part = shares_used(train_films, validation_films, first_fold)
+title = "of the patients outside the fold {validation_used:.2f} validate"
+print((title + ", of the others {train_share_used:.2f} train").format(**part))
 
 
 # %% The network, its optimiser, and how long each look may train
@@ -193,6 +204,7 @@ first_look, part = schedule.index[0], schedule["lr_patience"].iloc[0]
 model, optimizer, scheduler = network_and_optimizer(settings, weights, part)
 part = {**values, **{name: record[name] for name in FILMS_BY}}
 record = {**common.record_of(part, train_films.prepared), **described(model, weights, settings)}
+record.update(shares_used(train_films, validation_films, first_fold))
 print(f"weights: {weights.name}; {record['parameters_trained']:,} parameters learn")
 common.table(schedule, "how many epochs at most, and how many without a better loss")
 
@@ -219,7 +231,10 @@ def lesion_loss(places, circles, known):
     loss : float tensor, scalar
         Places inside and outside of circles count half each: inside are about 1 %.
     """
-    benign, malignant = F.adaptive_max_pool2d(circles, places.shape[2:]).unbind(1)
+    if any(n % m for n, m in zip(circles.shape[2:], places.shape[2:])):
+        circles = circles.cpu()  # where sizes do not divide, torch to 2.13 is wrong on Apple's MPS
+    largest = F.adaptive_max_pool2d(circles, places.shape[2:])
+    benign, malignant = largest.to(places.device).unbind(1)
     benign = (benign - malignant).clamp(0, 1)  # where both overlap, the worse counts
     wanted = torch.stack([benign, 1 - benign - malignant, malignant], 1)
     loss = F.cross_entropy(places.float(), wanted, reduction="none")  # (B, h, w)
@@ -471,7 +486,8 @@ def train_epoch(state, progress):
             raise no_number(value, state, f"at the films {names}")
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(state.model.parameters(), state.settings.max_norm)
+        if state.settings.max_norm:
+            torch.nn.utils.clip_grad_norm_(state.model.parameters(), state.settings.max_norm)
         state.optimizer.step()
         state.average.update_parameters(state.model)
         total += value * len(rows)
@@ -486,6 +502,7 @@ def train_epoch(state, progress):
 def train_fold(state, folder, record):
     """Train a fold until it is finished or stopped; return whether it is finished."""
     films, words = len(state.train_films), state.name.replace("-", " ")
+    began, epochs = state.progress["epoch"], state.waits["epochs"]
     with contextlib.suppress(KeyboardInterrupt), enough_memory(state.settings.batch_size):
         while not state.finished():
             start, lr = time.perf_counter(), state.optimizer.param_groups[0]["lr"]
@@ -502,7 +519,12 @@ def train_fold(state, folder, record):
             better = state.take_note(row)
             if state.rank == 0:
                 state.save(folder, record, logits if better else None)
-                bar.close(common.history_line(row, state.waits["epochs"], better))
+                bar.close(common.history_line(row, epochs, better))
+        done, best = state.progress["epoch"], state.progress["best_epoch"]
+        if done < epochs or done == began:
+            why = "stopped early" if done < epochs else "was finished before"
+            said = f"{words} {why}: {done} of {epochs} epochs are done, the best was {best}"
+            print(f"{said}; --resume with larger --epochs or --patience goes on")
         return True  # the stop button leads past this line
     saved = f"the state of epoch {state.saved} is saved" if state.saved else "no state is saved yet"
     print(f"\nstopped; {saved}")

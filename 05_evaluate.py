@@ -274,7 +274,7 @@ if settings.compare:
     if discordant:
         title = "right only in the first {}, only in the second {} films; McNemar p = {:.3f}"
         print(title.format(*discordant))
-    rows = [common.read_json(common.runs_dir(name) / "settings.json") for name in settings.compare]
+    rows = [common.record_in(common.runs_dir(name)) for name in settings.compare]
     for name in sorted({row["note"] for row in rows} - {""}):
         common.warn(f"compared on edited data: {name}")
     if any(row["synthetic"] for row in rows):
@@ -520,7 +520,8 @@ def predict_run(folds, prepared, record, settings):
 
 def scope_of(predictions, folds, record):
     """Return on what a figure was measured: n, patients, folds, seeds, weights, and what is odd."""
-    share, looks = record.get("train_share", 1), len(folds[0].models)
+    share = record.get("train_share_used", record.get("train_share", 1))
+    looks = len(folds[0].models)
     said = ["SYNTHETIC PHANTOMS" if record["synthetic"] else "", record["note"]]
     said.append(f"{share:.0%} of the training patients" if share < 1 else "")
     said.append("one look of two" if looks < len(record["looks"]) else "")

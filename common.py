@@ -168,7 +168,7 @@ RANGES.update(patients=(12, 99999), phantom_size=(128, 4096), validation=(0.001,
 RANGES.update(train_share=(0.001, 1), augment=(0, 5), freeze=(-1, 5), dropout=(0, 0.99))
 RANGES.update(epochs=(0, 99999), lr=(1e-12, 10), backbone_lr=(0, 10), weight_decay=(0, 10))
 RANGES.update(label_smoothing=(0, 0.99), lesion_weight=(0, 1000), ema=(0, 0.9999))
-RANGES.update(lr_patience=(0, 99999), patience=(0, 99999), max_norm=(1e-12, 1e12))
+RANGES.update(lr_patience=(0, 99999), patience=(0, 99999), max_norm=(0, 1e12))
 RANGES.update(recall=(0, 1), tempering=(0, 1), resamples=(1, 10**6))
 
 
@@ -1049,9 +1049,8 @@ def find_films(settings):
     elif source == "mias":
         source, folder = find_mias(settings)
     else:
-        known = (
-            "" if source == "own" else f"--source {source}: expected auto, mias, phantom or own; "
-        )
+        known = f"--source {source}: expected auto, mias, phantom or own; "
+        known = known if source != "own" else ""
         raise UserError(f"{known}films of your own need --images DIR or --archive FILE")
     return source, folder, list_files(folder)
 
@@ -2173,7 +2172,15 @@ def open_run(name=""):
         print("there is no run yet; running 04_train.py", flush=True)
         run_step("04_train.py")
     folder = find_run(name)
-    return folder, read_json(folder / "settings.json")
+    return folder, record_in(folder)
+
+
+def record_in(folder):
+    """Return the settings.json of a run, or end with a message if an earlier version wrote it."""
+    record = read_json(folder / "settings.json")
+    lacking = {"source_used", "looks", "data", "film_statistics", "weights_used"} - set(record)
+    refuse(sorted(lacking), f"{folder} is of an earlier version, train again; its record lacks")
+    return record
 
 
 def new_run(name, stem, overwrite=False):
@@ -2186,9 +2193,8 @@ def new_run(name, stem, overwrite=False):
     taken = [int(p.name[-3:]) for p in runs_dir().glob(f"{stem}-[0-9][0-9][0-9]")]
     folder = runs_dir(name or f"{stem}-{max(taken, default=0) + 1:03d}")
     if not overwrite and any(path.name != ".lock" for path in folder.glob("*")):
-        raise UserError(
-            f"the run {folder.name} exists; choose another --run, --resume, or --overwrite"
-        )
+        hint = "choose another --run, --resume, or --overwrite"
+        raise UserError(f"the run {folder.name} exists; {hint}")
     return folder
 
 
@@ -2200,8 +2206,15 @@ def folder_of_run(settings, record):
     return collect(new_run(*named) if processes()[0] == 0 else None)[0]
 
 
-# when a run goes on
-MAY_CHANGE = ("run", "resume", "overwrite", "fold", "epochs", "patience", "device", "precision")
+# when a run goes on; of another source, its films would differ
+MAY_CHANGE = "run resume overwrite fold epochs patience device precision source".split()
+
+
+def source_of(settings):
+    """Return the source that is named or, where a run goes on, the run's own."""
+    if not settings.resume or settings.source != "auto":
+        return settings.source
+    return record_in(find_run(settings.run))["source_used"]
 
 
 def taken_up(settings, prepared):
@@ -2213,7 +2226,7 @@ def taken_up(settings, prepared):
     if not settings.resume:
         return settings
     folder = find_run(settings.run)
-    record = read_json(folder / "settings.json")
+    record = record_in(folder)
     noted, now, values = record["data"], prepared.identity(), {}
     changed = [f"{n} {noted.get(n)} -> {now[n]}" for n in now if noted.get(n) != now[n]]
     for name, mine in dataclasses.asdict(settings).items():
@@ -2225,9 +2238,8 @@ def taken_up(settings, prepared):
         elif mine != old and name not in MAY_CHANGE:
             changed.append(f"{name} {old} -> {mine}")
     refuse(changed, f"put back what {folder.name} began with, or begin a new run; changed are")
-    taken = [
-        f"{name} {value}" for name, value in values.items() if value != getattr(settings, name)
-    ]
+    mine = vars(settings)
+    taken = [f"{name} {value}" for name, value in values.items() if value != mine[name]]
     if taken:
         print(f"taken from {folder.name}, until the Settings cell is run: {listing(taken, 99)}")
     return dataclasses.replace(settings, **values)

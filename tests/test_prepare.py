@@ -1105,6 +1105,15 @@ def test_all_five_scripts_explain_themselves(name, capsys):
         assert "of every random choice in this script" in out
 
 
+def test_a_canvas_wider_than_high_is_named_and_one_of_no_size_refused_at_once(home, capsys):
+    choice = own_films(home)
+    prepare_data(**{**choice, "size": "64x96"})
+    assert "--size 64x96 is HEIGHTxWIDTH: wider than high" in capsys.readouterr().err
+    prepare_data(**{**choice, "size": "64x96", "crop": "none"})
+    assert "HEIGHT" not in capsys.readouterr().err
+    assert "--size 5 is no canvas" in refused(prepare_data, size="5", images=str(home / "no"))
+
+
 def test_an_unknown_source_is_refused_with_those_there_are(home):
     message = refused(common.find_films, prepare.Settings(source="mia"))
     assert "--source mia: expected auto, mias, phantom or own" in message

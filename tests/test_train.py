@@ -600,6 +600,7 @@ def note_run(tiny, name, **changes):
     """Write settings.json of a run that began with the quick settings."""
     settings = dataclasses.asdict(step.Settings(**{**QUICK, **changes}))
     record = {**settings, "data": tiny.identity(), "note": "", "film_bits": 8}
+    record.update(source_used="phantom", film_statistics={}, weights_used="none (random start)")
     common.write_json(record, common.runs_dir(name) / "settings.json")
     return common.read_json(common.runs_dir(name) / "settings.json")
 
@@ -760,6 +761,67 @@ def test_rates_are_halved_and_training_stops_without_a_better_validation_loss(ti
     groups = load(run.run_folder, "last.pt")["optimizer"]["param_groups"]
     assert [group["lr"] / rate for group in groups] == [0.25, 0.25]
     assert load(run.run_folder)["epoch"] == 1
+
+
+def test_early_stopping_and_a_resume_that_has_nothing_to_do_say_so(tiny, monkeypatch, capsys):
+    answer_alike(monkeypatch)
+    train(epochs=20, patience=1)
+    early = "fold 0 stopped early: 2 of 20 epochs are done, the best was 1; --resume with larger"
+    assert early in capsys.readouterr().out
+    go_on()
+    assert early in capsys.readouterr().out
+    go_on(patience=5, epochs=3)
+    assert "fold 0 " not in (printed := capsys.readouterr().out).replace("fold 0 epoch", "")
+    assert "fold 0 epoch  3/3" in printed
+    go_on()
+    assert "fold 0 was finished before: 3 of 3 epochs" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_its_own_source_whatever_was_prepared_last(tiny):
+    train(run="old", source="auto")
+    (tiny.folder.parent / "mias").mkdir()
+    (tiny.folder.parent / "mias" / "prepared.json").write_text("newer, and opened by no resume")
+    assert go_on(epochs=2).history["epoch"].tolist() == [1, 2]
+    assert go_on(source="phantom").record["source_used"] == "phantom"
+
+
+def test_a_run_of_an_earlier_version_is_refused_in_one_message(tiny):
+    record = note_run(tiny, "old")
+    del record["looks"]
+    common.write_json(record, common.runs_dir("old") / "settings.json")
+    for resume in ("04_train.py", {"resume": True}), ("05_evaluate.py", {}):
+        with pytest.raises(UserError, match="old is of an earlier version.*lacks: looks$"):
+            conftest.run_main(resume[0], run="old", **resume[1])
+
+
+def test_a_gradient_norm_of_zero_switches_its_limit_off(tiny):
+    one, other = (train(run=name, max_norm=n).run_folder for name, n in {"a": 0, "b": 1e9}.items())
+    assert_same_runs(one, other)
+
+
+def test_the_share_of_patients_that_was_used_is_said_and_noted(tiny, capsys):
+    record = common.read_json(train(run="part", train_share=0.6).run_folder / "settings.json")
+    parts, patients = data.fold_parts(tiny, 0, train_share=0.6), tiny.labels["patient"]
+    train_part, kept, test = (patients[parts[n]].nunique() for n in parts)
+    share, validate = train_part / (16 - test - kept), kept / (16 - test)
+    assert record["train_share_used"] == pytest.approx(share) and abs(share - 0.6) > 0.04
+    assert record["validation_used"] == pytest.approx(validate)
+    assert f"{validate:.2f} validate, of the others {share:.2f} train" in capsys.readouterr().out
+    scope = conftest.run_main("05_evaluate.py", run="part", precision="fp32").scope
+    assert f"{share:.0%} of the training patients" in scope
+
+
+@pytest.mark.parametrize("size", [(9, 5), (16, 9), (10, 7)])
+def test_maps_that_do_not_divide_into_places_are_pooled_on_the_cpu(size, monkeypatch):
+    moved, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(1) or cpu(self))
+    places = torch.zeros(2, 3, *(-(-side // 2) for side in size))
+    step.lesion_loss(places, torch.rand(2, 2, *size).round(), torch.ones(2, dtype=torch.bool))
+    assert moved == [1]
+    step.lesion_loss(
+        places, torch.rand(2, 2, *(2 * n for n in places.shape[2:])), torch.ones(2) > 0
+    )
+    assert moved == [1]
 
 
 # ---------------------------------------------------------------------- machine, command line
