@@ -299,6 +299,7 @@ class FoldModel(NamedTuple):
     calibration: dict  # temperatures "beside" the other breast and "alone", its "weight"
     validation: dict  # image, patient, laterality, logits (n, 3) and labels (n,) of the best epochs
     epochs: list
+    seen: set  # digests of the films that its networks were trained or chosen on
 
     def read(self, dataset, *arguments, **options):
         """Return the Reading of a dataset, of all looks together; see `network.predict`."""
@@ -343,10 +344,25 @@ def load_folds(folder, record, device="auto"):
         alone = network.fit_temperature(logits, validation["labels"], prior)[1]
         fitted = {"beside": beside, "alone": alone, "weight": weight}
         models, reduce, epochs = ([look[n] for look in looks] for n in ("model", "reduce", "epoch"))
-        folds.append(FoldModel(number, models, reduce, prior, fitted, validation, epochs))
+        seen = set().union(*(look.get("seen", {}).get("films", ()) for look in looks))
+        folds.append(FoldModel(number, models, reduce, prior, fitted, validation, epochs, seen))
     return folds
 
 
+def sides_of_own(paths, settings):
+    """Return the sides of films of your own, "" where not told; mistakes in settings are refused.
+
+    Before a run is opened: it may have to be made.
+    """
+    gone = [path for path in paths if not path.exists()]
+    common.refuse(gone, "check the name and the folder of --image; not there")
+    if settings.pair and len(paths) != 2:
+        raise UserError(f"--pair takes the two films of one person, found {len(paths)}")
+    side = str(common.sides_of(pd.Series([str(settings.laterality)]), "--laterality")[0])
+    return [side, common.OTHER_SIDE[side]] if settings.pair else [side] * len(paths)
+
+
+sides_of_own(common.named_films(settings.image), settings)
 judged_run, judged_record = common.open_run(settings.run)
 fold_models = load_folds(judged_run, judged_record, settings.device)
 rows = [(f.number, common.listing(f.epochs), *f.calibration.values()) for f in fold_models]
@@ -402,16 +418,18 @@ elif part * (1 - settings.recall) < 1:
 # scanner may look like nothing that the network knows, and it would answer all the same: that
 # cannot be forbidden, but it is said. Probabilities of a model are no diagnosis.
 def place_own_films(paths, settings, record):
-    """Return the films of paths, their canvases, and their rows as in films.csv."""
-    if settings.pair and len(paths) != 2:
-        raise UserError(f"--pair takes the two films of one person, found {len(paths)}")
-    size, crop, bits = tuple(record["data"]["size"]), record["data"]["crop"], record["film_bits"]
-    side = str(common.sides_of(pd.Series([str(settings.laterality)]), "--laterality")[0])
-    sides = [side, common.OTHER_SIDE[side]] if settings.pair else [side] * len(paths)
-    bits = bits if bits > 8 else None
-    placed = [common.prepare_film(p, side, size, crop, bits) for p, side in zip(paths, sides)]
-    canvases, rows, films = zip(*placed)
-    rows = pd.DataFrame(rows).assign(image=[str(path) for path in paths])
+    """Return the canvases of films, an array on the disk, and their rows as in films.csv."""
+    size, crop = tuple(record["data"]["size"]), record["data"]["crop"]
+    bits = record["film_bits"] if record["film_bits"] > 8 else None
+    canvases = common.scratch_array((len(paths), *size), common.runs_dir())
+
+    def place(item):
+        number, path, side = item
+        canvases[number], row, _ = common.prepare_film(path, side, size, crop, bits)
+        return {"image": str(path), **row, "bits": bits}
+
+    items = [*zip(range(len(paths)), paths, sides_of_own(paths, settings))]
+    rows = pd.DataFrame(common.in_threads(place, items, "placing"))
     for row in rows[rows["problem"] != ""].itertuples():
         hint = f" ({row.image}: is it a mammogram of one breast?)"
         raise UserError(row.problem + (hint if row.image not in row.problem else ""))
@@ -422,56 +440,71 @@ def place_own_films(paths, settings, record):
     common.warn_of(rows["image"][rows["unlike"]], never)
     if settings.pair and rows["mirrored"].nunique() == 1:
         common.warn("both films look like the same breast; was one mirrored, or named twice?")
-    return films, canvases, rows
+    return canvases, rows
 
 
 def read_own_films(paths, folds, record, settings):
-    """Read films that are in no database by the models of all folds.
+    """Read films of your own by the models of all folds, or of those that never saw a film.
 
     Returns
     -------
     own : DataFrame
         image, p_benign, p_normal, p_malignant (calibrated), predicted, threshold, recalled, note.
-    figures : list of Figure
-        One a film: the film, Grad-CAM and the map of places over it.
+    figures : iterator of Figure
+        One a film, drawn when it is asked for: the film, Grad-CAM and the map of places over it.
     """
-    films, canvases, rows = place_own_films(common.named_films(paths), settings, record)
-    dataset = data.MammogramDataset.of_canvases(np.stack(canvases))
-    bar = common.Progress(sum(len(fold.models) for fold in folds) * len(films), "reading")
-    readings = [fold.read(dataset, 1, progress=bar) for fold in folds]
+    canvases, rows = place_own_films(common.named_films(paths), settings, record)
+    bar = common.Progress(sum(len(fold.models) for fold in folds) * len(rows), "reading")
+    couple, parts, maps = {"patient": [0, 0], "laterality": ["left", "right"]}, [], []
+    for group in [[0, 1]] if settings.pair else [[n] for n in range(len(rows))]:
+        part, films = rows.iloc[group], data.MammogramDataset.of_canvases(canvases[group])
+        never = [fold for fold in folds if fold.seen.isdisjoint(part["digest"])]
+        used = never or folds
+        readings = [fold.read(films, 1, progress=bar) for fold in used]
+        each = [f.probabilities(r.logits, couple, settings.pair) for f, r in zip(used, readings)]
+        p, prior = np.mean(each, axis=0), torch.stack([fold.prior for fold in used]).mean(0)
+        part = part.assign(**dict(zip(PROBABILITIES, p.T)), never=len(never))
+        part["predicted"] = np.take(CLASS_NAMES, network.decide(p, prior, settings.tempering))
+        points = operating_points(used, settings.recall, settings.pair)
+        parts.append(part.assign(threshold=points["threshold"].mean()))
+        maps += zip(*network.mean_reading(readings)[1:])
     bar.close()
-    couple = {"patient": [0, 0], "laterality": ["left", "right"]}
-    each = [f.probabilities(r.logits, couple, settings.pair) for f, r in zip(folds, readings)]
-    p, prior = np.mean(each, axis=0), torch.stack([fold.prior for fold in folds]).mean(0)
-    own = rows[["image"]].assign(**dict(zip(PROBABILITIES, p.T)))
-    own["predicted"] = np.take(CLASS_NAMES, network.decide(p, prior, settings.tempering))
-    own["threshold"] = operating_points(folds, settings.recall, settings.pair)["threshold"].mean()
+    own = pd.concat(parts)
     own["recalled"] = own["p_malignant"] >= own["threshold"]
-    own["note"] = np.where(rows["unlike"], "unlike the training films", "")
-    _, cams, places = network.mean_reading(readings)
-    figures = []
-    read = rows.join(own[PROBABILITIES])
-    for (_, row), film, *heats in zip(read.iterrows(), films, cams, places):
-        figure, axes = plt.subplots(1, 3, figsize=(9, 4.2), layout="constrained")
-        pictures = zip((Path(row["image"]).name, "Grad-CAM", "places"), [np.zeros((2, 2)), *heats])
-        for axis, (title, heat) in zip(axes, pictures):
-            heat = common.canvas_on_film(heat, common.geometry_of(row), dataset.films.shape[1:])
-            common.draw_heat(axis, film, heat)
-            axis.set_title(title, fontsize=9)
-        said = ", ".join(f"{name} {row[f'p_{name}']:.2f}" for name in CLASS_NAMES)
-        figure.suptitle(f"{said}. {common.DISCLAIMER}", fontsize=8)
-        figures.append(figure)
-    return own, figures
+    own["note"] = np.where(own["unlike"], "unlike the training films", "")
+    for known, what in [
+        (own["never"] == 0, "known by heart: every fold was trained or chosen on it"),
+        (own["never"].between(1, len(folds) - 1), "read by the folds alone that never saw it"),
+    ]:
+        common.warn_of(own["image"][known], f"films of this run are {what}")
+        own.loc[known, "note"] = what
+    each = zip(own.to_dict("records"), maps)
+    figures = (draw_own_film(row, *heats, canvases.shape[1:]) for row, heats in each)
+    return own[["image", *PROBABILITIES, "predicted", "threshold", "recalled", "note"]], figures
+
+
+def draw_own_film(row, cam, places, size):
+    """Draw a film, and over it Grad-CAM and the map of places; return the figure."""
+    film = common.read_film(row["file"], row["bits"], [])
+    figure, axes = plt.subplots(1, 3, figsize=(9, 4.2), layout="constrained")
+    pictures = {Path(row["image"]).name: np.zeros((2, 2)), "Grad-CAM": cam, "places": places}
+    for axis, (title, heat) in zip(axes, pictures.items()):
+        heat = common.canvas_on_film(heat, common.geometry_of(row), size)
+        common.draw_heat(axis, film, heat)
+        axis.set_title(title, fontsize=9)
+    said = ", ".join(f"{name} {row[f'p_{name}']:.2f}" for name in CLASS_NAMES)
+    figure.suptitle(f"{said}. {common.DISCLAIMER}", fontsize=8)
+    return figure
 
 
 if settings.image:
     own, rows = read_own_films(settings.image, fold_models, judged_record, settings)
-    for name, figure in zip(own["image"], rows):
-        name = f"{rows.index(figure) + 1:02d}-{Path(name).stem}.png"  # two may share a name
-        common.show(figure, judged_run / "own-films" / name)
     common.write_csv(own, judged_run / "own-films" / "predictions.csv")
     title = "recalled: p_malignant reaches the threshold that validation films chose"
-    common.table(own.round(3).T, f"read by run {judged_run.name}; {title}. {common.DISCLAIMER}")
+    title = f"read by run {judged_run.name}; {title}. {common.DISCLAIMER}"
+    common.table(own.head(8).round(3).T, f"the first films, {title}")
+    for number, (name, figure) in enumerate(zip(own["image"], rows), 1):  # two may share a name
+        common.show(figure, judged_run / "own-films" / f"{number:02d}-{Path(name).stem}.png")
     if judged_record["synthetic"]:
         common.banner("THIS RUN WAS TRAINED ON SYNTHETIC PHANTOMS: its reading means nothing.")
     common.end_here()

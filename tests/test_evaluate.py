@@ -747,12 +747,18 @@ def test_own_films_of_any_format_and_odd_size_get_the_mean_of_the_folds_models(o
     assert own.table["image"].tolist() == list(map(str, own.paths))
     p = own.table[P].to_numpy()
     assert p[:3] == pytest.approx(p[[0] * 3], abs=1e-5) and p[3] == pytest.approx(p[0], abs=0.05)
-    known = [by_hand(fold, run.prepared.films[[own.known]])[0] for fold in run.folds]
-    assert p[5] == pytest.approx(np.mean(known, axis=0), abs=1e-4)
-    prior = np.mean([fold.prior.numpy() for fold in run.folds], axis=0)
-    assert own.table["predicted"].tolist() == [CLASS_NAMES[c] for c in called(p, [prior] * 6)]
-    threshold = np.mean([threshold_by_hand(fold, 0.8, alone=True) for fold in run.folds])
-    assert own.table["threshold"].tolist() == pytest.approx([threshold] * 6, rel=1e-3)
+    alone = run.prepared.splits["fold"][own.known]  # the run's own film, by the fold it tested
+    assert p[5] == pytest.approx(
+        by_hand(run.folds[alone], run.prepared.films[[own.known]])[0], abs=1e-4
+    )
+    same = run.table.set_index("image").loc[run.prepared.labels["image"][own.known]]
+    assert p[5] == pytest.approx(same[ALONE].astype(float).to_numpy(), abs=1e-4)
+    priors = np.stack([fold.prior.numpy() for fold in run.folds])
+    priors = [priors.mean(0)] * 5 + [priors[alone]]
+    assert own.table["predicted"].tolist() == [CLASS_NAMES[c] for c in called(p, priors)]
+    thresholds = [threshold_by_hand(fold, 0.8, alone=True) for fold in run.folds]
+    wanted = [np.mean(thresholds)] * 5 + [thresholds[alone]]
+    assert own.table["threshold"].tolist() == pytest.approx(wanted, rel=1e-3)
     assert own.table["recalled"].tolist() == (p[:, MALIGNANT] >= own.table["threshold"]).tolist()
     assert common.DISCLAIMER in own.done.stdout and "SYNTHETIC PHANTOMS" in own.done.stdout
 
@@ -765,15 +771,18 @@ def test_every_own_film_gets_a_figure_also_films_of_one_name(own, run):
 def test_only_a_film_unlike_the_training_films_is_warned_of(own):
     (said,) = re.findall("warning: 1 (films are unlike the training films.*)", own.done.stderr)
     assert said.endswith(f": {own.folder / 'dark.png'}")
-    assert [bool(note) for note in own.table["note"]] == [False] * 4 + [True, False]
+    kept = "read by the folds alone that never saw it"
+    assert own.table["note"].tolist() == [""] * 4 + ["unlike the training films", kept]
+    assert f"1 films of this run are {kept}: {own.paths[5]}" in own.done.stderr
 
 
 def test_a_film_is_mirrored_by_its_pixels_and_reading_repeats_exactly(own, run):
     def read(name, side):
         settings = step.Settings(laterality=side, device="cpu", recall=0.8)
         table, figures = step.read_own_films([own.folder / name], run.folds, run.record, settings)
-        heat = np.asarray(figures[0].axes[1].images[1].get_array())
-        step.plt.close(figures[0])
+        (figure,) = figures
+        heat = np.asarray(figure.axes[1].images[1].get_array())
+        step.plt.close(figure)
         return table.loc[0, P].tolist(), heat
 
     Image.fromarray(own.film[:, ::-1]).save(own.folder / "turned.tif")
@@ -789,15 +798,17 @@ def test_a_film_is_mirrored_by_its_pixels_and_reading_repeats_exactly(own, run):
 
 @pytest.fixture
 def read(run):
-    """Return a function that reads films in this process, by film numbers or paths."""
+    """Return a function that reads films in this process, by film numbers or paths.
 
-    def read(*films, **changes):
+    The folds do not know these films again, unless they are given.
+    """
+    unseen = [fold._replace(seen=set()) for fold in run.folds]
+
+    def read(*films, folds=unseen, **changes):
         raw, names = run.prepared.folder / "raw", run.prepared.labels["image"]
         paths = [film if isinstance(film, Path) else raw / f"{names[film]}.pgm" for film in films]
         settings = step.Settings(device="cpu", recall=0.8, **changes)
-        table, figures = step.read_own_films(paths, run.folds, run.record, settings)
-        for figure in figures:
-            step.plt.close(figure)
+        table, _ = step.read_own_films(paths, folds, run.record, settings)
         return table.drop(columns="image")
 
     return read
@@ -821,6 +832,49 @@ def test_both_films_of_a_person_are_each_judged_beside_the_other(read, run, caps
     assert np.abs(apart[P] - table[P]).to_numpy().max() > 0.01
 
 
+def test_films_that_a_run_was_trained_on_are_read_by_folds_that_never_saw_them(read, run, capsys):
+    fold, patients = run.prepared.splits["fold"].to_numpy(), run.prepared.labels["patient"]
+    films = np.flatnonzero(patients == patients[4])
+    couple, alone = run.prepared.labels.iloc[films], run.folds[fold[4]]
+    table = read(*films, folds=run.folds, pair=True)
+    p = by_hand(alone, run.prepared.films[films], couple)
+    assert table[P].to_numpy() == pytest.approx(p, abs=1e-4)
+    assert "2 films of this run are read by the folds alone that never" in capsys.readouterr().err
+    others = [other for other in run.folds if other is not alone]
+    table = read(4, folds=others)
+    assert table["note"].tolist() == ["known by heart: every fold was trained or chosen on it"]
+    assert "1 films of this run are known by heart" in capsys.readouterr().err
+    p = np.mean([by_hand(other, run.prepared.films[[4]])[0] for other in others], axis=0)
+    assert table.loc[0, P].tolist() == pytest.approx(p.tolist(), abs=1e-4)
+
+
+def test_predictions_are_written_before_the_first_figure_and_figures_drawn_one_by_one(
+    own, run, monkeypatch
+):
+    table, shown, path = run.folder / "own-films" / "predictions.csv", [], own.paths[0]
+    table.unlink()
+
+    def show(figure, path=None, title=""):
+        shown.append((table.is_file(), len(step.plt.get_fignums())))
+        step.plt.close(figure)
+
+    before = len(step.plt.get_fignums())
+    monkeypatch.setattr(common, "show", show)
+    command(*FLAGS, "--run", "cv", "--image", *[path] * 3)
+    assert shown == [(True, before + 1)] * 3
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [({"image": "typo.png"}, "not there: typo.png"), ({"pair": True}, "--pair takes the two")]
+    + [({"image": "typo.png", "laterality": "lft"}, "not there"), ({"laterality": "lft"}, "lft")],
+)
+def test_a_mistake_about_own_films_is_told_before_a_run_is_made(home, monkeypatch, wrong, said):
+    monkeypatch.setattr(common, "run_step", lambda *names: pytest.fail("trains before it says so"))
+    with pytest.raises(UserError, match=said):
+        run_main("05_evaluate.py", **wrong)
+
+
 def test_pair_that_is_none_is_refused_or_warned_of(read, run, own, capsys):
     for films in ((own.known,), (0, 1, 2)):
         with pytest.raises(UserError, match=f"--pair takes the two films.*{len(films)}"):
@@ -837,4 +891,4 @@ def test_file_that_is_no_film_ends_with_status_1_and_one_message(own):
     notes, gone = own.folder / "notes.txt", own.folder / "gone.png"
     notes.write_text("not a film")
     assert str(notes) in refusal(command("--run", "cv", "--image", notes))
-    assert f"{gone} is not there" in refusal(command("--run", "cv", "--image", gone))
+    assert f"not there: {gone}" in refusal(command("--run", "cv", "--image", gone))

@@ -717,7 +717,7 @@ def test_23_a_message_is_short_however_much_is_wrong(home):
     assert "4 more. Get them again" in refused(prepare_data, **choice)
 
 
-def test_24_own_films_and_models_are_read_once_each_and_it_says_what_it_does(
+def test_24_own_films_are_read_and_drawn_one_by_one_and_it_says_what_it_does(
     home, small, monkeypatch, capsys
 ):
     choice = saved(home, many())
@@ -733,9 +733,10 @@ def test_24_own_films_and_models_are_read_once_each_and_it_says_what_it_does(
     capsys.readouterr()
     names = [str(home / "scans" / f"f{n:02d}.png") for n in range(3)]
     own = run_main("05_evaluate.py", image=str(home / "scans" / "f0[0-2].png")).own
-    assert own["image"].tolist() == names and [*map(str, reads["read_film"])] == names
+    assert own["image"].tolist() == names
+    assert sorted(map(str, reads["read_film"])) == sorted(2 * names)  # once more for its figure
     assert len(reads["read_checkpoint"]) == 2  # one a fold
-    assert "reading: 6 in" in capsys.readouterr().out  # three films by two models
+    assert "reading: 3 in" in capsys.readouterr().out  # each by the model that never saw it
 
 
 def test_25_whole_images_of_another_modality_and_masks_left_out(home, small, capsys):
