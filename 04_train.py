@@ -233,8 +233,7 @@ def lesion_loss(places, circles, known):
     """
     if any(n % m for n, m in zip(circles.shape[2:], places.shape[2:])):
         circles = circles.cpu()  # where sizes do not divide, torch to 2.13 is wrong on Apple's MPS
-    largest = F.adaptive_max_pool2d(circles, places.shape[2:])
-    benign, malignant = largest.to(places.device).unbind(1)
+    benign, malignant = F.adaptive_max_pool2d(circles, places.shape[2:]).to(places.device).unbind(1)
     benign = (benign - malignant).clamp(0, 1)  # where both overlap, the worse counts
     wanted = torch.stack([benign, 1 - benign - malignant, malignant], 1)
     loss = F.cross_entropy(places.float(), wanted, reduction="none")  # (B, h, w)

@@ -354,8 +354,7 @@ def sides_of_own(paths, settings):
 
     Before a run is opened: it may have to be made.
     """
-    gone = [path for path in paths if not path.exists()]
-    common.refuse(gone, "check the name and the folder of --image; not there")
+    common.refuse([path for path in paths if not path.exists()], "check the name; not there")
     if settings.pair and len(paths) != 2:
         raise UserError(f"--pair takes the two films of one person, found {len(paths)}")
     side = str(common.sides_of(pd.Series([str(settings.laterality)]), "--laterality")[0])
@@ -414,9 +413,10 @@ elif part * (1 - settings.recall) < 1:
 
 # %% A film of your own: settings.image = "film.png", then run this cell
 # The same crop and canvas as in step 1, and pixels decide what is mirrored, as there. No model is
-# better than the others, so the probabilities of all folds are averaged. A film from another
-# scanner may look like nothing that the network knows, and it would answer all the same: that
-# cannot be forbidden, but it is said. Probabilities of a model are no diagnosis.
+# better than the others, so the probabilities of all folds are averaged, but for those that know
+# the film (it is one of this run's own). A film from another scanner may look like nothing that the
+# network knows, and it would answer all the same: that cannot be forbidden, but it is said.
+# Probabilities of a model are no diagnosis.
 def place_own_films(paths, settings, record):
     """Return the canvases of films, an array on the disk, and their rows as in films.csv."""
     size, crop = tuple(record["data"]["size"]), record["data"]["crop"]
@@ -505,6 +505,7 @@ if settings.image:
     common.table(own.head(8).round(3).T, f"the first films, {title}")
     for number, (name, figure) in enumerate(zip(own["image"], rows), 1):  # two may share a name
         common.show(figure, judged_run / "own-films" / f"{number:02d}-{Path(name).stem}.png")
+        figure.clear()  # or its pictures would stay in memory for a while
     if judged_record["synthetic"]:
         common.banner("THIS RUN WAS TRAINED ON SYNTHETIC PHANTOMS: its reading means nothing.")
     common.end_here()
@@ -554,10 +555,9 @@ def predict_run(folds, prepared, record, settings):
 def scope_of(predictions, folds, record):
     """Return on what a figure was measured: n, patients, folds, seeds, weights, and what is odd."""
     share = record.get("train_share_used", record.get("train_share", 1))
-    looks = len(folds[0].models)
     said = ["SYNTHETIC PHANTOMS" if record["synthetic"] else "", record["note"]]
     said.append(f"{share:.0%} of the training patients" if share < 1 else "")
-    said.append("one look of two" if looks < len(record["looks"]) else "")
+    said.append("one look of two" if len(folds[0].models) < len(record["looks"]) else "")
     n = f"n = {len(predictions)} films of {predictions['patient'].nunique()} patients"
     said += [n, f"{len(folds)} of {record['data']['folds']} folds"]
     said = ", ".join(filter(None, [*said, f"split seed {record['split_seed']}"]))

@@ -2238,8 +2238,8 @@ def taken_up(settings, prepared):
         elif mine != old and name not in MAY_CHANGE:
             changed.append(f"{name} {old} -> {mine}")
     refuse(changed, f"put back what {folder.name} began with, or begin a new run; changed are")
-    mine = vars(settings)
-    taken = [f"{name} {value}" for name, value in values.items() if value != mine[name]]
+    given = vars(settings)
+    taken = [f"{name} {value}" for name, value in values.items() if value != given[name]]
     if taken:
         print(f"taken from {folder.name}, until the Settings cell is run: {listing(taken, 99)}")
     return dataclasses.replace(settings, **values)
