@@ -56,8 +56,8 @@ settings = common.command_line(Settings, __doc__)
 # %% Find the films: a folder, an archive, an earlier download, the public mirror, or phantoms
 # The first of these that there is. The folder is looked through once, and what is found stands in
 # `files`: films are read, masks and files of other kinds are left out and named.
-size = common.canvas_size(settings.size, settings.source)  # a mistyped one ends here
-if settings.crop == "breast" and size[0] < size[1]:
+part = common.canvas_size(settings.size, settings.source)  # a mistyped one ends here
+if settings.crop == "breast" and part[0] < part[1]:
     common.warn(f"--size {settings.size} is HEIGHTxWIDTH: wider than high, as no breast is")
 with common.locked(common.data_dir()):  # two processes must not unpack into the same folder
     source, folder, files = common.find_films(settings)
