@@ -2206,13 +2206,13 @@ def folder_of_run(settings, record):
     return collect(new_run(*named) if processes()[0] == 0 else None)[0]
 
 
-# when a run goes on; of another source, its films would differ
-MAY_CHANGE = "run resume overwrite fold epochs patience device precision source".split()
+# when a run goes on
+MAY_CHANGE = "run resume overwrite fold epochs patience device precision".split()
 
 
 def source_of(settings):
     """Return the source that is named or, where a run goes on, the run's own."""
-    if not settings.resume or settings.source != "auto":
+    if not settings.resume:
         return settings.source
     return record_in(find_run(settings.run))["source_used"]
 
@@ -2235,7 +2235,7 @@ def taken_up(settings, prepared):
         old = tuple(old) if isinstance(old, list) else old  # JSON knows no tuples
         if mine == default and name not in ("run", "resume", "overwrite"):
             values[name] = old
-        elif mine != old and name not in MAY_CHANGE:
+        elif mine not in (old, record.get(f"{name}_used")) and name not in MAY_CHANGE:
             changed.append(f"{name} {old} -> {mine}")
     refuse(changed, f"put back what {folder.name} began with, or begin a new run; changed are")
     given = vars(settings)

@@ -783,6 +783,8 @@ def test_a_run_goes_on_with_its_own_source_whatever_was_prepared_last(tiny):
     (tiny.folder.parent / "mias" / "prepared.json").write_text("newer, and opened by no resume")
     assert go_on(epochs=2).history["epoch"].tolist() == [1, 2]
     assert go_on(source="phantom").record["source_used"] == "phantom"
+    with pytest.raises(UserError, match="source phantom -> mias"):
+        go_on(source="mias")
 
 
 def test_a_run_of_an_earlier_version_is_refused_in_one_message(tiny):
