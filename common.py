@@ -736,60 +736,112 @@ def bits_in_use(counts):
     return max(int((counts.cumsum() >= 0.9999 * counts.sum()).argmax()), 8)
 
 
+# What pydicom warns of changes no pixel, or is noted in read_dicom. For good, since
+# warnings.catch_warnings is not safe in threads.
+warnings.filterwarnings("ignore", module="pydicom")
+
+
 @contextlib.contextmanager
 def opened_dicom(path, **options):
-    """Yield pydicom and its reading of a file; what goes wrong with it becomes a UserError.
+    """Yield pydicom's reading of a file; what goes wrong with it becomes a UserError.
 
-    pydicom is no requirement of this project.
+    pydicom is no requirement of this project. What a film of one frame keeps in functional groups
+    (tomosynthesis) is brought to where other films have it.
     """
     try:
         import pydicom
     except ImportError:
         raise UserError(f"{path} needs pydicom: pip install pydicom, or export a PNG") from None
     try:
-        yield pydicom, pydicom.dcmread(path, **options)
+        film = pydicom.dcmread(path, **options)
+        for kind in ("Shared", "PerFrame"):
+            for group in film.get(f"{kind}FunctionalGroupsSequence") or ():
+                for name in ("PixelValueTransformation", "FrameVOILUT", "FrameAnatomy"):
+                    film.update((group.get(f"{name}Sequence") or [{}])[0])
+        yield film
     except FileNotFoundError:
         raise
     except Exception as error:  # pydicom's are of all kinds: no decoder, no pixels, no DICOM
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        hint = "for compressed ones pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
-        what = f"{path} cannot be read as a DICOM film ({reason})"
-        raise UserError(f"{what}; {hint}, or export a PNG of it") from None
+        reason, hint = " ".join(str(error).split()) or type(error).__name__, "export a PNG of it"
+        if "missing" in reason and "dependencies" in reason:  # of what decodes compressed films
+            hint = f"pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg, or {hint}"
+        raise UserError(f"{path} cannot be read as a DICOM film ({reason[:200]}); {hint}") from None
 
 
 def dicom_header(path):
     """Return patient and laterality of a DICOM film, a dict of text, "" where it has none."""
-    with opened_dicom(path, stop_before_pixels=True) as (_, film):
-        side = str(film.get("ImageLaterality") or film.get("Laterality"))
-        side = side if side in ("R", "L") else ""  # B: both, U: unpaired
+    with opened_dicom(path, stop_before_pixels=True) as film:
+        sides = [film.get(f"{whose}Laterality") for whose in ("Image", "Frame", "")]
+        side = next((side for side in sides if side in ("R", "L")), "")  # B: both, U: unpaired
         return {"patient": str(film.get("PatientID") or ""), "laterality": side}
+
+
+def looked_up(values, table, order):
+    """Return values as a DICOM lookup table changes them, and the range that it can reach.
+
+    Entries of 8 bits come one or two to a word. ValueError if the data are not as described.
+    """
+    (entries, first, bits), data = table.LUTDescriptor, table.LUTData
+    entries = entries or 1 << 16
+    words = np.frombuffer(data, order) if isinstance(data, bytes) else np.ravel(data).astype("u2")
+    if bits == 8 and len(words) == (entries + 1) // 2:
+        words = words.astype("<u2").view(np.uint8)[:entries]
+    if len(words) != entries or words.max() >= 2**bits:
+        found = f"{len(words)} entries up to {words.max()}"
+        raise ValueError(f"its lookup table has {found}, expected {entries} of {bits} bits")
+    first -= (first > values.max()) << 16  # a number below zero that was written as unsigned
+    # a value between two entries gets the lower one
+    return words[(values - first + 1e-6).clip(0, entries - 1).astype(int)], (0, 2**bits - 1)
+
+
+def windowed(values, film):
+    """Return values as a DICOM film's window changes them, and their range: PS3.3 C.11.2.1."""
+    center, width = (np.ravel(film[f"Window{name}"].value)[0] for name in ("Center", "Width"))
+    curve = film.get("VOILUTFunction") or "LINEAR"
+    linear = curve == "LINEAR"  # whose ends are the middles of the outermost values
+    if curve not in ("LINEAR", "LINEAR_EXACT", "SIGMOID") or width < max(linear, 1e-9):
+        raise ValueError(f"its window is {curve} and {width:g} wide")
+    place = (values - center + linear / 2) / max(width - linear, 1e-9)
+    return np.tanh(2 * place) / 2 if curve == "SIGMOID" else place, (-0.5, 0.5)
 
 
 def read_dicom(path, said):
     """Return the pixels of a DICOM film as its header wants them shown, and 16, their depth.
 
-    With the window or lookup table, inverted and without padding.
+    With the lookup table or the window, inverted, and black where padding touches the border.
     """
-    with opened_dicom(path) as (pydicom, film):
-        tools = getattr(pydicom, "pixels", None) or pydicom.pixel_data_handlers.util  # before 3.0
+    with opened_dicom(path) as film:
         photometric = str(film.get("PhotometricInterpretation") or "MONOCHROME2")
-        if int(film.get("NumberOfFrames") or 1) > 1 or not photometric.startswith("MONOCHROME"):
-            raise ValueError(f"it has several frames or colours ({photometric})")
-        raw, half = film.pixel_array, film.PixelRepresentation * 2 ** (film.BitsStored - 1)
-        plain = film.BitsAllocated == 16 and not film.file_meta.TransferSyntaxUID.is_compressed
-        if plain and not half and (np.frombuffer(film.PixelData, "<u2") >> film.BitsStored).any():
-            said.append(f"has bits above the {film.BitsStored} of its header, which are left out")
-        every = np.linspace(-half, 2**film.BitsStored - 1 - half, 1 << 16).round().astype(raw.dtype)
-        shown, every = (tools.apply_modality_lut(part, film) for part in (raw, every))
-        shown, every = (tools.apply_voi_lut(part, film).astype(float) for part in (shown, every))
-    low, high = every.min(), every.max()
-    pixels = np.rint((shown - low) / max(high - low, 1e-12) * 65535).astype(np.int64)
-    if photometric == "MONOCHROME1" or film.get("PresentationLUTShape") == "INVERSE":
-        pixels = 65535 - pixels
-    padding, limit = film.get("PixelPaddingValue"), film.get("PixelPaddingRangeLimit")
-    if padding is not None:
-        ends = sorted([padding, padding if limit is None else limit])
-        pixels[(raw >= ends[0]) & (raw <= ends[1])] = 0
+        bits, last, syntax = film.BitsStored, film.HighBit, film.file_meta.TransferSyntaxUID
+        white, order = 2**bits - 1, "<u2" if syntax.is_little_endian else ">u2"
+        grey = int(film.get("NumberOfFrames") or 1) == 1 and "MONOCHROME" in photometric
+        if not grey or not last == bits - 1 < 16 or film.pixel_array.ndim > 2:
+            raise ValueError(f"it is no single grey frame ({photometric}, bit {last} of {bits})")
+        plain = film.BitsAllocated == 16 and not (film.PixelRepresentation or syntax.is_compressed)
+        if plain and (np.frombuffer(film.PixelData, order) > white).any():
+            said.append(f"has bits above the {bits} of its header, which are left out")
+        stored = np.arange(white + 1)  # every pattern of bits, and the number that it stands for
+        stored -= (stored > white // 2) * film.PixelRepresentation << bits
+        shown = stored * (film.get("RescaleSlope") or 1) + (film.get("RescaleIntercept") or 0)
+        ends = shown.min(), shown.max()
+        if film.get("ModalityLUTSequence"):
+            shown, ends = looked_up(stored, film.ModalityLUTSequence[0], order)
+        if film.get("VOILUTSequence"):
+            shown, ends = looked_up(shown, film.VOILUTSequence[0], order)
+        elif film.get("WindowWidth") is not None:
+            shown, ends = windowed(shown, film)
+        inverse = (film.get("PresentationLUTShape") or photometric) in ("INVERSE", "MONOCHROME1")
+        if inverse != (photometric == "MONOCHROME1"):
+            said.append("has two polarities, of which PresentationLUTShape is taken")
+        shown = np.rint(np.interp(shown, ends, (65535, 0) if inverse else (0, 65535)))
+        patterns = film.pixel_array.astype(np.uint16) & white
+        pixels, padding = shown.astype(np.uint16)[patterns], film.get("PixelPaddingValue")
+        limit = film.get("PixelPaddingRangeLimit", padding)
+        if padding is not None and shown[[padding & white, limit & white]].any():
+            low, high = sorted(stored[[padding & white, limit & white]])
+            padded = ((low <= stored) & (stored <= high))[patterns]
+            rim = np.pad(np.zeros(np.subtract(padded.shape, 2), bool), 1, constant_values=True)
+            pixels[connected(rim & padded, padded)] = 0
     return pixels, 16
 
 

@@ -4,6 +4,7 @@ import importlib
 import os
 import re
 import struct
+import subprocess
 import sys
 import zlib
 
@@ -527,11 +528,11 @@ def test_17_an_implant_costs_no_tissue(noise, radius):
 # ---------------------------------------------------------------------- DICOM
 
 
-def dicom(path, pixels, bits=12, **tags):
+def dicom(path, pixels, bits=12, syntax="ExplicitVRLittleEndian", **tags):
     """Write a DICOM film of its own making."""
     pydicom = pytest.importorskip("pydicom")
     header = pydicom.dataset.FileMetaDataset()
-    header.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    header.TransferSyntaxUID = getattr(pydicom.uid, syntax)
     header.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1.2"
     header.MediaStorageSOPInstanceUID = "1.2.3"
     data = pydicom.dataset.FileDataset(str(path), {}, file_meta=header, preamble=b"\0" * 128)
@@ -540,11 +541,38 @@ def dicom(path, pixels, bits=12, **tags):
     data.BitsAllocated = pixels.dtype.itemsize * 8
     data.BitsStored, data.HighBit = bits, bits - 1
     data.PixelRepresentation = int(pixels.dtype.kind == "i")
-    data.PixelData = pixels.tobytes()
+    data.PixelData = (pixels.byteswap() if "BigEndian" in syntax else pixels).tobytes()
+    data["PixelData"].VR = "OW"
     for name, value in tags.items():
         setattr(data, name, value)
-    data.save_as(str(path))
+    pydicom.dcmwrite(str(path), data)
     return path
+
+
+def item(**tags):
+    """Return a DICOM sequence of one item."""
+    data = pytest.importorskip("pydicom").Dataset()
+    for name, value in tags.items():
+        setattr(data, name, value)
+    return [data]
+
+
+def lookup(entries, first, bits, data, kind="US"):
+    """Return a DICOM lookup table: numbers, or the bytes of an OW."""
+    table = item()
+    table[0].add_new("LUTDescriptor", kind, [entries, first, bits])
+    table[0].add_new("LUTData", "OW" if isinstance(data, bytes) else "US", data)
+    return table
+
+
+STORED = np.arange(4096, dtype=np.uint16).reshape(64, 64)  # every value of 12 bits
+CURVE = STORED.ravel().astype(int) ** 2 // 6000  # a lookup table that ends below white
+
+
+def greys(path):
+    """Return a DICOM film's grey values, 0 to 255 and not rounded, and what was said of it."""
+    said = []
+    return common.read_dicom(path, said)[0].ravel() / 257, said
 
 
 WINDOWED = {
@@ -564,18 +592,145 @@ def test_13_and_18_a_dicom_film_is_read_as_its_header_says(home, change, tags):
     assert np.abs(common.read_film(path).astype(int) - film()).max() <= 2
 
 
+# By the formulas of PS3.3 C.11.2.1.2 and C.11.2.1.3; `x` is the value after slope and intercept.
+SHOWN = {
+    "linear": (lambda x: (x - 1999.5) / 999 + 0.5, {}),
+    "wider than the range": (lambda x: (x - 1999.5) / 8191 + 0.5, {"WindowWidth": 8192}),
+    "the first of several": (lambda x: (x - 1999.5) / 599 + 0.5, {"WindowWidth": [600, 50]}),
+    "exact": (lambda x: (x - 2000) / 1000 + 0.5, {"VOILUTFunction": "LINEAR_EXACT"}),
+    "sigmoid": (
+        lambda x: 1 / (1 + np.exp(-4 * (x - 2000) / 1000)),
+        {"VOILUTFunction": "SIGMOID"},
+    ),
+    "negative slope": (
+        lambda x: (4000 - x - 1999.5) / 999 + 0.5,
+        {"RescaleSlope": -1, "RescaleIntercept": 4000},
+    ),
+    "slope": (
+        lambda x: (x / 2 + 1500 - 1999.5) / 999 + 0.5,
+        {"RescaleSlope": 0.5, "RescaleIntercept": 1500},
+    ),
+    "MONOCHROME1": (
+        lambda x: 0.5 - (x - 1999.5) / 999,
+        {"PhotometricInterpretation": "MONOCHROME1", "PresentationLUTShape": "INVERSE"},
+    ),
+}
+
+
+@pytest.mark.parametrize("place, tags", SHOWN.values(), ids=SHOWN)
+@pytest.mark.parametrize("groups", [None, "Shared", "PerFrame"])
+def test_c7_a_window_has_the_output_range_of_the_standard(home, place, tags, groups):
+    tags = {"WindowCenter": 2000, "WindowWidth": 1000, **tags}
+    if groups:  # where one frame of a tomosynthesis keeps them
+        window = {name: tags.pop(name) for name in list(tags) if name[0] in "WV"}
+        slope = {name: tags.pop(name) for name in list(tags) if name[0] == "R"}
+        found = item(FrameVOILUTSequence=item(**window))
+        if slope:
+            found[0].PixelValueTransformationSequence = item(**slope)
+        tags.update({f"{groups}FunctionalGroupsSequence": found, "NumberOfFrames": 1})
+    shown, said = greys(dicom(home / "a.dcm", STORED, **tags))
+    expected = place(STORED.ravel().astype(float)).clip(0, 1) * 255
+    assert np.abs(shown - expected).max() < 0.01 and said == []
+
+
+TABLES = {
+    "words": (12, CURVE.astype("<u2").tobytes()),
+    "numbers": (12, CURVE.tolist()),
+    "8 bits, two to a word": (8, (CURVE >> 4).astype("u1").tobytes()),
+    "8 bits, one to a word": (8, (CURVE >> 4).astype("<u2").tobytes()),
+}
+
+
+@pytest.mark.parametrize("bits, data", TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize("kind", ["VOI", "Modality"])
+def test_c8_a_lookup_table_is_read_as_it_is_packed(home, kind, bits, data):
+    path = dicom(home / "a.dcm", STORED, **{f"{kind}LUTSequence": lookup(4096, 0, bits, data)})
+    expected = (CURVE >> 12 - bits) * (255 / (2**bits - 1))
+    assert np.abs(greys(path)[0] - expected).max() < 0.01
+
+
+@pytest.mark.parametrize("first, kind", [(-1000, "SS"), (64536, "US")])
+def test_c8_a_lookup_table_may_begin_below_zero(home, first, kind):
+    table = lookup(3000, first, 12, CURVE[:3000].tolist(), kind)
+    tags = {"RescaleSlope": 1, "RescaleIntercept": -1000}
+    shown, _ = greys(dicom(home / "a.dcm", STORED, VOILUTSequence=table, **tags))
+    assert np.abs(shown - CURVE[STORED.ravel().clip(0, 2999)] * (255 / 4095)).max() < 0.01
+
+
+@pytest.mark.parametrize("entries, bits", [(2048, 12), (4096, 8), (4097, 12)])
+def test_c8_a_lookup_table_unlike_its_descriptor_is_refused(home, entries, bits):
+    table = lookup(entries, 0, bits, CURVE.tolist())
+    message = refused(common.read_film, dicom(home / "a.dcm", STORED, VOILUTSequence=table))
+    assert f"has 4096 entries up to 2794, expected {entries} of {bits} bits" in message
+
+
+@pytest.mark.parametrize("tags", [{"WindowWidth": 0}, {"VOILUTFunction": "CURVE"}, {"HighBit": 15}])
+def test_c7_what_the_standard_does_not_know_is_refused(home, tags):
+    tags = {"WindowCenter": 2000, "WindowWidth": 1000, **tags}
+    message = refused(common.read_film, dicom(home / "a.dcm", STORED, **tags))
+    assert "export a PNG" in message and "pip" not in message
+
+
+def test_c7_two_polarities_are_named_and_narrow_tables_too(home):
+    shown, said = greys(dicom(home / "a.dcm", STORED, PresentationLUTShape="INVERSE"))
+    assert shown[0] == 255 and said == [
+        "has two polarities, of which PresentationLUTShape is taken"
+    ]
+    notes, table = [], lookup(4096, 0, 16, CURVE.tolist())
+    common.read_film(dicom(home / "a.dcm", STORED, VOILUTSequence=table), notes=notes)
+    assert notes == ["has only 12 of the 16 bits of its header, so that it is dark"]
+
+
+@pytest.mark.parametrize("value, signed", [(4095, False), (-2048, True), (63488, True)])
+def test_c8_padding_is_what_touches_the_border(home, value, signed):
+    pixels = np.full((128, 128), 1000, np.int16 if signed else np.uint16)
+    pixels[:, 90:] = pixels[40:50, 40:50] = -2048 if signed else 4095  # padding, and a lesion
+    tags = {"PhotometricInterpretation": "MONOCHROME1"} if signed else {}
+    path = dicom(home / "a.dcm", pixels, **tags)
+    data = pytest.importorskip("pydicom").dcmread(path)
+    data.add_new("PixelPaddingValue", "SS" if value < 0 else "US", value)
+    data.save_as(path)
+    shown = greys(path)[0].reshape(128, 128)
+    assert (shown[:, 90:] == 0).all() and (shown[40:50, 40:50] == 255).all()
+    data.add_new("PixelPaddingRangeLimit", "SS" if signed else "US", 1001)
+    data.save_as(path)
+    shown = greys(path)[0].reshape(128, 128)
+    assert (shown[:, 90:] == 0).all() and (shown[0, 0] == 0) == signed
+
+
+def test_c9_a_big_endian_film_is_the_same_film(home):
+    table = lookup(4096, 0, 12, CURVE.astype(">u2").tobytes())
+    tags = {"syntax": "ExplicitVRBigEndian", "VOILUTSequence": table}
+    shown, said = greys(dicom(home / "a.dcm", STORED, **tags))
+    assert np.abs(shown - CURVE * (255 / 4095)).max() < 0.01 and said == []
+    notes = []
+    common.read_film(dicom(home / "a.dcm", STORED, bits=10, syntax=tags["syntax"]), notes=notes)
+    assert "has bits above the 10 of its header, which are left out" in notes
+
+
+def test_c9_pydicom_warns_no_user(home):
+    dicom(home / "a.dcm", STORED, PatientID="P" * 99, PixelData=STORED.tobytes() + b"\0" * 64)
+    code = "import common; common.read_film('a.dcm'); print(common.dicom_header('a.dcm'))"
+    where = {**os.environ, "PYTHONPATH": os.path.dirname(common.__file__)}
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, cwd=home, env=where, capture_output=True, text=True)
+    assert "PPP" in done.stdout and done.stderr == ""
+
+
 def test_18_what_cannot_be_read_of_a_dicom_film_is_one_message(home, monkeypatch):
     pixels = deep(film(), 12)
     (home / "text.dcm").write_text("no DICOM")
     frames = dicom(home / "frames.dcm", np.vstack([pixels, pixels]), Rows=128, NumberOfFrames=2)
-    lossless = dicom(home / "jpeg.dcm", pixels)
-    raw = lossless.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.4.70"[:20])
-    lossless.write_bytes(raw)
+    packed = pytest.importorskip("pydicom").encaps.encapsulate([b"\xff\xd8\xff\xd9"])
+    lossless = dicom(home / "jpeg.dcm", pixels, syntax="JPEGLosslessSV1", PixelData=packed)
+    two = dicom(home / "two.dcm", pixels, PixelData=pixels.tobytes() * 2)  # and one in the header
     nothing = dicom(home / "nothing.dcm", pixels, PixelData=b"")
     palette = dicom(home / "palette.dcm", pixels, PhotometricInterpretation="PALETTE COLOR")
-    for path in (home / "text.dcm", frames, lossless, nothing, palette):
+    for path in (home / "text.dcm", frames, two, lossless, nothing, palette):
         message = refused(common.read_film, path)
         assert str(path) in message and "export a PNG" in message and len(message) < 700
+        no_decoder = path == lossless and importlib.util.find_spec("pylibjpeg") is None
+        assert ("pip install pylibjpeg" in message) == no_decoder
     notes = []
     common.read_film(dicom(home / "deeper.dcm", pixels, bits=10), notes=notes)
     assert "has bits above the 10 of its header, which are left out" in notes
