@@ -622,7 +622,7 @@ def show(figure, path=None, title=""):
 
 # %% Reading a film file
 
-FILM_SUFFIXES = (".pgm", ".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm")
+FILM_SUFFIXES = (".pgm", ".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom")
 SIDE_FILES = ".txt .csv .tsv .json .xml .md .pdf .html .xls .xlsx .doc .docx .ini .db .log".split()
 MASK = r"(^|[\W_])(masks?|gt|ground[\W_]?truths?|segmentations?|annotations?)([\W_\d]|$)"
 
@@ -633,7 +633,7 @@ def read_film(path, bits=None, notes=None):
     Parameters
     ----------
     path : str or Path
-        A PGM (binary or ASCII), PNG, BMP, JPEG or TIFF; ``.dcm`` when pydicom is there.
+        A PGM (binary or ASCII), PNG, BMP, JPEG or TIFF; DICOM when pydicom is there.
     bits : int, optional
         A film of more than 8 bits is divided by ``2**bits - 1``, unless its header says more; by
         default by the depth that holds 99.99 % of its own pixels. What lies above is clipped.
@@ -653,7 +653,7 @@ def read_film(path, bits=None, notes=None):
     path = Path(path).expanduser()
     said = [] if notes is None else notes
     try:
-        pixels, depth = (read_dicom if path.suffix.lower() == ".dcm" else read_image)(path, said)
+        pixels, depth = (read_dicom if is_dicom(path) else read_image)(path, said)
     except FileNotFoundError:
         raise UserError(f"{path} is not there; check the name and the folder") from None
     except UnidentifiedImageError:
@@ -739,6 +739,15 @@ def bits_in_use(counts):
 # What pydicom warns of changes no pixel, or is noted in read_dicom. For good, since
 # warnings.catch_warnings is not safe in threads.
 warnings.filterwarnings("ignore", module="pydicom")
+
+
+def is_dicom(path):
+    """Tell DICOM by the suffix or, where there is none or a piece of a UID, by what is inside."""
+    suffix = path.suffix.lower()
+    if suffix in (*FILM_SUFFIXES, *SIDE_FILES) or path.name == "DICOMDIR" or not path.is_file():
+        return suffix in (".dcm", ".dicom")
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
 
 
 @contextlib.contextmanager
@@ -896,13 +905,10 @@ def list_files(folder):
 def kind_of(path, name):
     """Tell a mask by its own or its folders' names: film_mask.png, masks/film.png."""
     suffix = path.suffix.lower()
-    if suffix in FILM_SUFFIXES:
+    if suffix in FILM_SUFFIXES or is_dicom(path):
         parts = [*name.parts[:-1], name.stem]
         return "mask" if any(re.search(MASK, part, re.IGNORECASE) for part in parts) else "film"
-    if suffix:
-        return "text" if suffix in SIDE_FILES else "other"
-    with open(path, "rb") as file:
-        return "other" if file.read(132)[128:] == b"DICM" else "text"
+    return "text" if suffix in ("", *SIDE_FILES) else "other"
 
 
 def say_left_out(files):
@@ -1421,7 +1427,7 @@ def in_class_folders(files, classes=""):
 
 def headers_of(paths):
     """Return patient and laterality of those films that are DICOM, a DataFrame by image."""
-    read, dicom = {}, {i: path for i, path in paths.items() if path.suffix.lower() == ".dcm"}
+    read, dicom = {}, {image: path for image, path in paths.items() if is_dicom(path)}
     for image, path in dicom.items():
         with contextlib.suppress(UserError):  # a broken film is named later
             read[image] = dicom_header(path)

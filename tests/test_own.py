@@ -717,6 +717,25 @@ def test_c9_pydicom_warns_no_user(home):
     assert "PPP" in done.stdout and done.stderr == ""
 
 
+@pytest.mark.parametrize("name", ["{}.dicom", "{}.DCM", "IM{}", "1.2.840.{}", "a.b{}"])
+def test_c9_dicom_films_are_known_by_what_is_inside(home, name):
+    (home / "scans").mkdir()
+    names = [name.format(n) for n in range(3)]
+    for n, file in enumerate(names):
+        dicom(home / "scans" / file, deep(film(n), 12), PatientID=f"P{n}", FrameLaterality="L")
+    (home / "scans" / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
+    (home / "scans" / "README").write_text("scans")
+    (home / "scans" / "1.5").write_text("no film")
+    files = common.list_files(home / "scans")
+    assert files["kind"].tolist().count("film") == 3
+    for table in (names, [f"{common.film_name(file)}.dcm" for file in names]):
+        paths, extra = common.match_films(pd.DataFrame({"image": table}), files)
+        assert not extra and sorted(path.name for path in paths.values()) == names
+    headers = common.headers_of(paths)
+    assert headers["patient"].tolist() == ["P0", "P1", "P2"] and set(headers["laterality"]) == {"L"}
+    assert np.abs(common.read_film(home / "scans" / names[0]).astype(int) - film()).max() <= 2
+
+
 def test_18_what_cannot_be_read_of_a_dicom_film_is_one_message(home, monkeypatch):
     pixels = deep(film(), 12)
     (home / "text.dcm").write_text("no DICOM")
