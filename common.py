@@ -772,7 +772,7 @@ def opened_dicom(path, **options):
         raise
     except Exception as error:  # pydicom's are of all kinds: no decoder, no pixels, no DICOM
         reason, hint = " ".join(str(error).split()) or type(error).__name__, "export a PNG of it"
-        if "missing" in reason and "dependencies" in reason:  # of what decodes compressed films
+        if re.search("missing .*dependencies|Pillow does not support", reason):  # compressed
             hint = f"pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg, or {hint}"
         raise UserError(f"{path} cannot be read as a DICOM film ({reason[:200]}); {hint}") from None
 
@@ -788,19 +788,21 @@ def dicom_header(path):
 def looked_up(values, table, order):
     """Return values as a DICOM lookup table changes them, and the range that it can reach.
 
-    Entries of 8 bits come one or two to a word. ValueError if the data are not as described.
+    Entries of 8 bits come one or two to a word, and some makers write 16 bits for what they store
+    12 in. ValueError if the data are not as described.
     """
     (entries, first, bits), data = table.LUTDescriptor, table.LUTData
     entries = entries or 1 << 16
     words = np.frombuffer(data, order) if isinstance(data, bytes) else np.ravel(data).astype("u2")
     if bits == 8 and len(words) == (entries + 1) // 2:
         words = words.astype("<u2").view(np.uint8)[:entries]
-    if len(words) != entries or words.max() >= 2**bits:
-        found = f"{len(words)} entries up to {words.max()}"
-        raise ValueError(f"its lookup table has {found}, expected {entries} of {bits} bits")
+    used = int(words.max()).bit_length()
+    if len(words) != entries or used > bits:
+        raise ValueError(f"its lookup table is {len(words)} x {used} bits, not {entries} x {bits}")
+    white = 2 ** (bits if used > bits - 2 else used) - 1
     first -= (first > values.max()) << 16  # a number below zero that was written as unsigned
     # a value between two entries gets the lower one
-    return words[(values - first + 1e-6).clip(0, entries - 1).astype(int)], (0, 2**bits - 1)
+    return words[(values - first + 1e-6).clip(0, entries - 1).astype(int)], (0, white)
 
 
 def windowed(values, film):
@@ -844,11 +846,11 @@ def read_dicom(path, said):
             said.append("has two polarities, of which PresentationLUTShape is taken")
         shown = np.rint(np.interp(shown, ends, (65535, 0) if inverse else (0, 65535)))
         patterns = film.pixel_array.astype(np.uint16) & white
-        pixels, padding = shown.astype(np.uint16)[patterns], film.get("PixelPaddingValue")
-        limit = film.get("PixelPaddingRangeLimit", padding)
-        if padding is not None and shown[[padding & white, limit & white]].any():
-            low, high = sorted(stored[[padding & white, limit & white]])
-            padded = ((low <= stored) & (stored <= high))[patterns]
+        pixels = shown.astype(np.uint16)[patterns]
+        # PixelPaddingValue and, where a range is padding, PixelPaddingRangeLimit
+        ends = [tag.value & white for tag in film[0x280120:0x280122] if tag.value is not None]
+        if ends and shown[ends].any():
+            padded = (stored.clip(min(stored[ends]), max(stored[ends])) == stored)[patterns]
             rim = np.pad(np.zeros(np.subtract(padded.shape, 2), bool), 1, constant_values=True)
             pixels[connected(rim & padded, padded)] = 0
     return pixels, 16

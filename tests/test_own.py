@@ -636,6 +636,7 @@ def test_c7_a_window_has_the_output_range_of_the_standard(home, place, tags, gro
 TABLES = {
     "words": (12, CURVE.astype("<u2").tobytes()),
     "numbers": (12, CURVE.tolist()),
+    "narrower than described": (16, CURVE.tolist()),
     "8 bits, two to a word": (8, (CURVE >> 4).astype("u1").tobytes()),
     "8 bits, one to a word": (8, (CURVE >> 4).astype("<u2").tobytes()),
 }
@@ -645,6 +646,7 @@ TABLES = {
 @pytest.mark.parametrize("kind", ["VOI", "Modality"])
 def test_c8_a_lookup_table_is_read_as_it_is_packed(home, kind, bits, data):
     path = dicom(home / "a.dcm", STORED, **{f"{kind}LUTSequence": lookup(4096, 0, bits, data)})
+    bits = min(bits, 12)
     expected = (CURVE >> 12 - bits) * (255 / (2**bits - 1))
     assert np.abs(greys(path)[0] - expected).max() < 0.01
 
@@ -661,7 +663,7 @@ def test_c8_a_lookup_table_may_begin_below_zero(home, first, kind):
 def test_c8_a_lookup_table_unlike_its_descriptor_is_refused(home, entries, bits):
     table = lookup(entries, 0, bits, CURVE.tolist())
     message = refused(common.read_film, dicom(home / "a.dcm", STORED, VOILUTSequence=table))
-    assert f"has 4096 entries up to 2794, expected {entries} of {bits} bits" in message
+    assert f"is 4096 x 12 bits, not {entries} x {bits}" in message
 
 
 @pytest.mark.parametrize("tags", [{"WindowWidth": 0}, {"VOILUTFunction": "CURVE"}, {"HighBit": 15}])
@@ -671,14 +673,11 @@ def test_c7_what_the_standard_does_not_know_is_refused(home, tags):
     assert "export a PNG" in message and "pip" not in message
 
 
-def test_c7_two_polarities_are_named_and_narrow_tables_too(home):
+def test_c7_two_polarities_in_a_header_are_named(home):
     shown, said = greys(dicom(home / "a.dcm", STORED, PresentationLUTShape="INVERSE"))
     assert shown[0] == 255 and said == [
         "has two polarities, of which PresentationLUTShape is taken"
     ]
-    notes, table = [], lookup(4096, 0, 16, CURVE.tolist())
-    common.read_film(dicom(home / "a.dcm", STORED, VOILUTSequence=table), notes=notes)
-    assert notes == ["has only 12 of the 16 bits of its header, so that it is dark"]
 
 
 @pytest.mark.parametrize("value, signed", [(4095, False), (-2048, True), (63488, True)])
