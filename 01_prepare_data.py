@@ -69,15 +69,15 @@ common.say_left_out(files)
 # are the right and the left breast of patient k. The file counts y from the bottom; here it runs
 # from the top. A row that is not understood is refused, never skipped. A database of your own is
 # one function that returns its labels and findings, and one name in READERS.
-# Calcifications, circumscribed, spiculated and other masses, distortion, asymmetry.
-TYPES = "CALC CIRC SPIC MISC ARCH ASYM".split()
 
 
 def parse_info(text, film_height=1024):
     """Return the tables of labels and findings (px, x and y from the top left) of Info.txt."""
     # mdb001 G CIRC B 535 425 197, or mdb003 D NORM; fatty, fatty-glandular, dense-glandular
     pattern = (
-        r"^\s*(?P<image>MDB\d+)\s+(?P<tissue>[FGD])\s+(?:NORM|(?P<type>" + "|".join(TYPES) + ")"
+        r"^\s*(?P<image>MDB\d+)\s+(?P<tissue>[FGD])\s+(?:NORM|(?P<type>"
+        + "|".join(common.TYPES[:-1])
+        + ")"
         r"\s+(?P<severity>[BM])(?:\s+(?P<x>\d+)\s+(?P<y>\d+)\s+(?P<radius>0*[1-9]\d*)|"
         r"\s+\*NOTE\s+3\*)?)\s*$"
     )
@@ -260,14 +260,12 @@ print(f"were films dealt out: {known_share(splits['patient'], part):.0%}")
 def contrast(findings, films, canvases):
     """Return by how much each circle is brighter than its ring, float (n,), NaN off the canvas."""
     values, number = [], dict(zip(films["image"], films.index))
+    ys, xs = np.ogrid[: canvases.shape[1] : 2, : canvases.shape[2] : 2]  # every second will do
     for row in findings.itertuples():
         g = common.geometry_of(films.loc[number[row.image]])
         x, y = common.film_to_canvas(row.x, row.y, g)
-        radius = row.radius * g.scale
-        rows, columns = np.ogrid[: canvases.shape[1], : canvases.shape[2]]
-        box = np.abs(rows - y) <= 1.5 * radius, np.abs(columns - x) <= 1.5 * radius
-        part = canvases[number[row.image]][np.ix_(*(side.ravel() for side in box))]
-        distance = np.hypot(rows[box[0]][:, None] - y, columns[box[1]] - x) / radius
+        distance = np.hypot(ys - y, xs - x) / (row.radius * g.scale)
+        part = canvases[number[row.image], ::2, ::2]
         inside, ring = part[distance <= 1], part[(distance > 1) & (distance <= 1.5)]
         values.append(inside.mean() - ring.mean() if inside.size and ring.size else np.nan)
     return np.array(values)

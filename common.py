@@ -778,10 +778,10 @@ def opened_dicom(path, **options):
 
 
 def dicom_header(path):
-    """Return patient and laterality of a DICOM film, a dict of text, "" where it has none."""
+    """Return patient and laterality (right, left) of a DICOM film, "" where it has none."""
     with opened_dicom(path, stop_before_pixels=True) as film:
         sides = [film.get(f"{whose}Laterality") for whose in ("Image", "Frame", "")]
-        side = next((side for side in sides if side in ("R", "L")), "")  # B: both, U: unpaired
+        side = next(({"R": "right", "L": "left"}[s] for s in sides if s in ("R", "L")), "")
         return {"patient": str(film.get("PatientID") or ""), "laterality": side}
 
 
@@ -1217,7 +1217,8 @@ def read_csv(path):
 
 LABELS = ["image", "patient", "laterality", "tissue", "label", "label_name", "findings"]
 FINDINGS = ["image", "type", "severity", "x", "y", "radius"]
-TYPES = "CALC CIRC SPIC MISC ARCH ASYM NORM".split()  # of findings, as MIAS has them
+# of MIAS: calcifications, circumscribed, spiculated and other masses, distortion, asymmetry, none
+TYPES = "CALC CIRC SPIC MISC ARCH ASYM NORM".split()
 COLUMNS = [  # in small letters, without blanks and signs; the first that is there is taken
     "image file filename filepath path film imageid imagename imagefile imagefilepath refnum",
     "label labelname class classname pathology diagnosis classification severity cancer status "
@@ -1445,7 +1446,7 @@ def say_contradictions(labels, folders, headers, path):
     wrong = {"the name of their folder": [i for i, c in folders.items() if c != rows["label"][i]]}
     if len(headers):
         rows = rows.loc[headers.index]
-        sides = sides_of(headers["laterality"])
+        sides = headers["laterality"]
         differ = (sides != "") & (rows["laterality"] != "") & (sides != rows["laterality"])
         patients = rows["patient"].groupby(headers["patient"]).transform("nunique")
         mixed = (headers["patient"] != "") & (patients > 1)
@@ -1476,8 +1477,8 @@ def films_of_breasts(table, files, path):
     if headers.empty:
         what = "has no column image, and no film is a DICOM file that names its patient and side"
         raise UserError(f"{path} {what}; add the column image, the name of each film")
-    headers = headers.assign(laterality=sides_of(headers["laterality"])).rename_axis("image")
-    return headers.reset_index().merge(table, on=["patient", "laterality"])
+    headers = headers.rename_axis("image").reset_index()
+    return headers.merge(table, on=["patient", "laterality"])
 
 
 def one_row_a_film(table, path):
@@ -1582,8 +1583,7 @@ def read_own_labels(path, files=None, classes="", patient_from=""):
         warn(f"{path}: {what}{hint_at_patients(name)}")
     patient = originals(table["image"])
     patient = same_patients(table["patient"]) if "patient" in table else patient
-    side = sides_of(table["laterality"], path)
-    labels = table.assign(patient=patient, laterality=side, tissue="", findings=0)
+    labels = table.assign(patient=patient, tissue="", findings=0)
     labels["label_name"] = labels["label"].map(dict(enumerate(CLASS_NAMES)))
     known = named_classes(classes)
     folders = {image: class_of_folder(name, known) for image, name in names.items()}
@@ -1604,8 +1604,8 @@ def read_own_findings(path, labels, classes="", needed=True):
     table, _ = own_columns(raw, path, BOXES, needed=["image"] if needed else (), quiet=not needed)
     box = "x0" in table
     numbers = ["x0", "y0", "x1", "y1"] if box else ["x", "y", "radius"]
-    expected = "x, y, radius or the corners x0, y0, x1, y1"
     if not {"image", *numbers} <= {*table}:
+        expected = "x, y, radius or the corners x0, y0, x1, y1"
         refuse(raw.columns if needed else (), f"{path}: expected {expected}; found")
         return pd.DataFrame(columns=FINDINGS)
     names, keys = (part["image"].map(film_name).str.lower() for part in (table, labels))
@@ -1614,7 +1614,7 @@ def read_own_findings(path, labels, classes="", needed=True):
     word = table.get("severity", pd.Series("", table.index)).str.lower()
     own = class_codes(word, named_classes(classes))
     if own.isna().all() and "severity" not in map(plain_name, raw):
-        word = word.mask(word != "", "")  # words such as mass: no class
+        word = pd.Series("", table.index)  # words such as mass: no class
     severity = own.where(word != "", label)
     nowhere = table[numbers].isin(["", "0", "0.0", "-", "nan"]).all(axis=1)
     nothing = raw.apply(lambda column: column.str.contains("no.?finding", case=False)).any(axis=1)
@@ -2171,13 +2171,9 @@ def announce(prepared):
 def edited_table(path, films):
     """Read labels.csv or splits.csv, maybe edited by hand; return its rows in the films' order."""
     table = read_own_table(path)
-    lost = {*(LABELS if path.stem == "labels" else ("image", "patient", "fold"))} - {*table}
-    refuse(sorted(lost), f"{path} lacks the columns")
     for name in {"label", "fold", "findings"} & {*table}:
         number = pd.to_numeric(table[name], errors="coerce")
-        most = 2 if name == "label" else np.inf
-        wrong = table.index[~(number.between(0, most) & (number % 1 == 0))]
-        refuse(wrong, f"{path}: {name} is no whole number from 0 to {most}, in line")
+        refuse(table.index[number % 1 != 0], f"{path}: {name} is no whole number in line")
         table[name] = number.astype(int)
     for found, what in [
         (table.index[table["image"].duplicated()], "a film that is there twice, in line"),
