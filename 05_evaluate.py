@@ -881,6 +881,8 @@ def report_page(tables, figures, record, scope):
 rows = {"metrics": metrics, "judged in four ways": words, "classification report": report}
 rows.update({"thresholds": thresholds, "chosen on validation": chosen_on_validation})
 rows.update({"calibration": calibration, "by group": groups, "pointing game": pointing})
+part = common.read_json(prepared.folder / "prepared.json").get("shortcuts")
+rows["shortcuts: what tells classes apart without a look"] = pd.DataFrame(part)
 with common.replacing(judged_run / "report.html") as part:
     rows = rows, sorted((judged_run / "figures").glob("*.png")), judged_record, scope
     part.write_text(report_page(*rows), encoding="utf-8")

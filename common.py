@@ -47,6 +47,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageFilter, ImageOps, ImageSequence, UnidentifiedImageError
+from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
@@ -1886,14 +1887,21 @@ def say_oddities(films):
 STATISTICS = ["breast", "mean", "sd"]  # what a film is like, 0 to 1
 
 
-def film_statistics(canvas):
-    """Measure a film on its canvas (uint8); return a dict of what STATISTICS names, 0 to 1.
+def film_statistics(film, canvas):
+    """Measure a film and its canvas (uint8); return a dict of numbers.
 
-    How much of the canvas is breast, and the mean and standard deviation of its grey values.
+    What STATISTICS names: how much of the canvas is breast, and the mean and standard deviation of
+    its grey values, 0 to 1. How the film lies: `side` is 1 if its right half is lighter and -1 if
+    its left; `orientation` is 0 where the light lies at either side, -90 above and 90 (degrees)
+    below; `rim` is the mean grey value of the outermost pixels, 0 to 1; `aspect` is width / height.
     """
     breast = canvas[canvas > 0] / 255
     values = (breast.size / canvas.size, breast.mean(), breast.std()) if breast.size else (0, 0, 0)
-    return dict(zip(STATISTICS, map(float, values)))
+    x, y = (np.diff([h.mean() for h in np.array_split(film.mean(a), 2)])[0] for a in (0, 1))
+    rim = np.concatenate([film[0], film[-1], film[:, 0], film[:, -1]]).mean() / 255
+    frame = {"side": np.sign(x), "orientation": np.degrees(np.arctan2(y, abs(x))), "rim": rim}
+    frame["aspect"] = film.shape[1] / film.shape[0]
+    return {**dict(zip(STATISTICS, map(float, values))), **frame}
 
 
 def usual_range(statistics):
@@ -1926,7 +1934,7 @@ def prepare_film(path, laterality, size, crop="breast", bits=None, shape=None):
             raise ValueError(f"{found} px, expected {expected}")
         notes += oddities(film, laterality) if crop == "breast" else []
         canvas, geometry, _ = place_film(film, laterality, size, crop)
-        row.update(geometry._asdict(), bits=bits or 8, **film_statistics(canvas))
+        row.update(geometry._asdict(), bits=bits or 8, **film_statistics(film, canvas))
         return canvas, {**row, "note": "; ".join(notes)}, film
     except (UserError, ValueError, OSError) as error:
         row["problem"] = explain(error) if isinstance(error, OSError) else str(error)
@@ -2000,6 +2008,34 @@ def near_copies(canvases, films, labels):
     pairs = [(patient.index[n], patient.index[m]) for n, m in zip(*near.nonzero()) if n < m]
     pairs = [films["image"][[*pair]] for pair in pairs if patient[[*pair]].nunique() > 1]
     return [" and ".join(pair) for pair in pairs]
+
+
+def find_shortcuts(plain, labels):
+    """Return a row for each property and question: AUC, its lower 95 % bound, z against chance.
+
+    A property (a column of numbers or text) is ranked, and the films of other patients that lie
+    nearest guess each film's class, the same values before all others. Patients weigh alike, and
+    the error is that of chance with as many of them (Mann and Whitney, 1947).
+    """
+    label, rows = labels["label"], []
+    asked = pd.DataFrame({"malignant": label == MALIGNANT, "abnormal": label != NORMAL})
+    asked["malignant, not benign"] = asked["malignant"].where(asked["abnormal"])
+    asked = asked.T.drop_duplicates().T  # two are one where a class is missing
+    plain, asked = (table.loc[:, table.nunique() > 1] for table in (plain, asked))
+    for question in asked:
+        positive = asked[question].dropna().astype(bool)
+        patients = labels["patient"][positive.index]
+        films, who = patients.map(patients.value_counts()), patients.to_numpy()
+        count = min(15 + films.max(), len(films))  # neighbours, with a patient's own films
+        error = (1 / patients.groupby(positive).nunique() / 12).sum() ** 0.5
+        for name in plain:
+            rank = np.unique(plain.loc[positive.index, name], return_inverse=True)[1][:, None]
+            gap, near = NearestNeighbors(n_neighbors=count).fit(rank).kneighbors(rank)
+            weight = (who[near] != who[:, None]) / (gap + 1e-9)
+            guess = (weight * positive.to_numpy()[near]).sum(1) / weight.sum(1).clip(1e-9)
+            auc = roc_auc_score(positive, guess, sample_weight=1 / films)
+            rows.append((name, question, auc, auc - 1.645 * error, (auc - 0.5) / error))
+    return pd.DataFrame(rows, columns=["property", "tells", "auc", "low", "z"])
 
 
 # %% What was prepared

@@ -966,3 +966,99 @@ def test_of_48_films_eight_bad_ones_are_read_right_or_named(home, capsys):
         assert np.abs(canvas - prepared.films[index[image]]).mean() < 4, image
     for image, what in {bad[2]: "negative", bad[5]: "both breasts", bad[6]: "64 px"}.items():
         assert any(what in line and image in line for line in said.splitlines()), said
+
+
+# ---------------------------------------------------------------------- shortcuts
+
+
+def labelled_set(home, change=None, folder="", films=48):
+    """Write films of two a patient, every third patient's malignant and changed; settings."""
+    rows, pictures = [], {}
+    for n in np.random.default_rng(0).permutation(films):
+        label = common.CLASS_NAMES[n // 2 % 3]
+        picture = film(n, ("left", "right")[n % 2])
+        picture = change(picture, n) if change and label == "malignant" else picture
+        name = folder.format(n % 4 + 4 * (label == "malignant")) + f"f{n:02d}.png"
+        pictures[name] = picture
+        rows.append(f"{name},{label},p{n // 2}")
+    return saved(home, pictures, rows=rows)
+
+
+def framed(picture, n):
+    """Draw a white frame, six pixels wide."""
+    return np.pad(picture[6:-6, 6:-6], 6, constant_values=250)
+
+
+CHANGED = {  # of malignant films: the property that tells them by what is done to them
+    "orientation": lambda picture, n: np.rot90(picture, 1 + 2 * (n % 2)),
+    "mean grey": lambda picture, n: (picture * 1.35).astype(np.uint8),
+    "height": lambda picture, n: np.pad(picture, ((0, 20 + n), (0, 0))),
+    "width": lambda picture, n: np.pad(picture, ((0, 0), (0, 20 + n)))[:, :: 1 - 2 * (n % 2)],
+    "rim": framed,
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_tells_malignant_films_without_a_look_is_a_warning_with_its_auc(home, name, capsys):
+    options = {"crop": "none"} if name == "rim" else {}
+    prepared = prepare_data(**labelled_set(home, CHANGED[name]), **options)
+    err = capsys.readouterr().err
+    assert re.search(rf"^warning: the {name} alone: AUC (0\.9\d|1\.00), mal", err, re.MULTILINE), (
+        err
+    )
+    found = common.read_json(prepared.folder / "prepared.json")["shortcuts"]
+    assert {"property", "tells", "auc", "low", "z"} == set(found[0]) and prepared.note == ""
+    assert name in {row["property"] for row in found}
+
+
+def test_folders_that_tell_the_class_are_told_and_never_a_warning(home, capsys):
+    prepare_data(**labelled_set(home, folder="site{}/"))
+    out, err = capsys.readouterr()
+    assert "the folder alone: AUC 1.00, malignant" in out and "alone" not in err
+    assert "alone: AUC" not in out.replace("the folder alone: AUC", "")
+
+
+def test_folders_that_gave_the_label_and_their_order_are_no_shortcut(home, capsys):
+    for n in range(48):
+        saved(home, {f"{common.CLASS_NAMES[n // 16]}/f{n:02d}.png": film(n)})
+    prepare_data(images=str(home / "scans"), size="64x64", folds=2)
+    assert "alone: AUC" not in "".join(capsys.readouterr())
+
+
+def test_a_table_that_is_sorted_by_class_is_told_for_what_it_is(home, capsys):
+    choice = labelled_set(home)
+    rows = pd.read_csv(choice["labels"]).sort_values(["label", "image"])
+    rows.to_csv(choice["labels"], index=False)
+    prepare_data(**choice)
+    out, err = capsys.readouterr()
+    assert re.search(r"the row in the table alone: AUC .* never shown to the network", out)
+    assert "alone" not in err
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_small_sets_without_a_shortcut_have_none(seed):
+    rng = np.random.default_rng(seed)
+    patients, each = rng.integers(12, 31), rng.integers(1, 3)
+    patients = np.repeat(np.arange(patients * (3 - each)), each)
+    labels = pd.DataFrame({"patient": patients.astype(str)})
+    labels["label"] = rng.permutation(np.arange(len(labels)) % (2 + seed % 2))
+    own = (
+        rng.normal(size=(len(labels), 14)) + 3 * rng.normal(size=(patients.max() + 1, 14))[patients]
+    )
+    plain = pd.DataFrame(own, columns=[*"abcdefghijklmn"]).assign(m=patients % 4, n=patients % 2)
+    found = common.find_shortcuts(plain, labels)
+    assert not ((found["low"] > 0.6) & (found["z"] > 3.24)).any(), found
+
+
+def test_an_auc_weighs_patients_alike_and_asks_what_the_classes_allow():
+    rng = np.random.default_rng(0)
+    labels = pd.DataFrame({"patient": [*map(str, range(60)), *["0"] * 200]})
+    labels["label"] = [MALIGNANT if n % 3 == 1 else NORMAL for n in range(60)] + [NORMAL] * 200
+    told = pd.DataFrame({"text": np.where(labels["label"] == MALIGNANT, "x", "y")})
+    told["noise"] = rng.random(260)
+    found = common.find_shortcuts(told.assign(same=1), labels).set_index("property")
+    assert found["tells"].tolist() == ["malignant"] * 2
+    assert found["auc"]["text"] == 1 and abs(found["auc"]["noise"] - 0.5) < 0.2
+    assert found["z"]["text"] == pytest.approx(
+        0.5 / (41 / 12 / 20 / 40 + 20 / 12 / 800) ** 0.5, rel=0.02
+    )
