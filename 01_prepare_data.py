@@ -256,8 +256,8 @@ print(f"were films dealt out: {known_share(splits['patient'], part):.0%}")
 # If malignant films are turned, or brighter than others, a network learns that in place of cancer.
 # For each plain property of films and files, the films of other patients that are nearest in it
 # guess the class. Named is what is clearly better than chance: a lower 95 % bound above 0.6, and
-# 3.24 standard errors, since 14 properties are tried in 3 ways (Bonferroni). Where folders gave the
-# label, they and their order are left out.
+# 3.5 standard errors, since that is a chance of 1 % in 13 properties and 3 questions (Bonferroni).
+# Where folders gave the label, they and their order are left out.
 SEEN = ["width", "height", "aspect", "side", "orientation", "mean grey", "sd of grey", "rim"]
 HINTS = "never shown to the network", "a network may learn that instead: make films alike in it"
 part = {"film_width": "width", "film_height": "height", "mean": "mean grey", "sd": "sd of grey"}
@@ -271,7 +271,7 @@ if settings.labels or source != "own":
 shown = common.find_shortcuts(rows, used_labels)
 part = shown.pivot(index="property", columns="tells", values="auc").round(2)
 common.table(part, "AUC of each property alone, guessed from other patients; 0.5 is chance")
-shown = shown[(shown["low"] > 0.6) & (shown["z"] > 3.24)].sort_values("auc", ascending=False)
+shown = shown[(shown["low"] > 0.6) & (shown["z"] > 3.5)].sort_values("auc", ascending=False)
 as_made["shortcuts"] = shown.round(3).to_dict("records")
 for row in shown.drop_duplicates("property").itertuples():
     title = f"the {row.property} alone: AUC {row.auc:.2f}, {row.tells} (at least {row.low:.2f})"
