@@ -48,7 +48,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageFilter, ImageOps, ImageSequence, UnidentifiedImageError
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
@@ -1968,22 +1968,24 @@ def worst(labels, groups):
 def deal_patients(labels, parts, seed, fewest):
     """Deal patients into parts; return the part (0 to parts - 1) of each film, a Series.
 
-    `labels` has patient and label; UserError if a class has fewer patients than `fewest`.
+    `labels` has patient and label; the order of its rows does not count. UserError if a class has
+    fewer patients than `fewest`.
     """
-    worse = worst(labels["label"], labels["patient"])
-    counts = worse.groupby(labels["patient"]).first().value_counts()
+    # sorted by name, a row each; StratifiedGroupKFold deals otherwise from scikit-learn 1.8 on
+    worse = worst(labels["label"], labels["patient"]).groupby(labels["patient"]).first()
+    counts = worse.value_counts()
     if parts < 2 or len(counts) < 2 or counts.min() < fewest or counts.max() < parts:
         found = ", ".join(f"{CLASS_NAMES[code]} {n}" for code, n in counts.sort_index().items())
         need = f"{parts} folds or parts need {max(parts, 2)} patients or more, of two classes"
         hint = "choose fewer --folds (in step 4 a larger --validation) or add films"
         raise UserError(f"{need}; found patients by worse label: {found}; {hint}")
-    part = pd.Series(-1, index=labels.index)
-    dealer = StratifiedGroupKFold(n_splits=parts, shuffle=True, random_state=seed)
+    part = pd.Series(-1, index=worse.index)
+    dealer = StratifiedKFold(n_splits=parts, shuffle=True, random_state=seed)
     with warnings.catch_warnings():  # of classes with fewer patients than parts, judged above
         warnings.simplefilter("ignore", UserWarning)
-        for number, (_, held_out) in enumerate(dealer.split(labels, worse, labels["patient"])):
+        for number, (_, held_out) in enumerate(dealer.split(worse, worse)):
             part.iloc[held_out] = number
-    return part
+    return labels["patient"].map(part)
 
 
 def labels_of(films, labels):
