@@ -2373,7 +2373,10 @@ def recorded(folder, record, settings):
             if began["weights_used"] != record["weights_used"]:
                 other = f"{began['weights_used']}, not {record['weights_used']}"
                 raise UserError(f"{folder.name} began with other --weights: {other}; name the same")
-            write_json(record, folder / "settings.json")
+            if began["torch"] != record["torch"]:  # dropout draws other numbers
+                other = f"torch {began['torch']}, this is {record['torch']}"
+                warn(f"{folder.name} began with {other}: it goes on, but not bit for bit as it was")
+            write_json({**record, "torch": began["torch"]}, folder / "settings.json")
             said = [name for name in SHOWN.split() if record[name]]
             print(", ".join(f"{name.replace('_', ' ')} {record[name]}" for name in said))
         collect(None)  # nobody writes before the run is begun

@@ -648,6 +648,18 @@ def test_resume_with_other_weights_than_the_run_began_with_is_refused(tiny, monk
         go_on(run="old", epochs=2)
 
 
+def test_a_run_that_goes_on_under_another_torch_is_no_more_bit_for_bit(tiny, capsys):
+    path = train(run="old").run_folder / "settings.json"
+    assert "bit for bit" not in capsys.readouterr().err
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace(f'"torch": "{torch.__version__}"', '"torch": "2.4.0"'), "utf-8")
+    for epochs in (2, 3):  # and it stays so
+        go_on(run="old", epochs=epochs)
+        said = f"old began with torch 2.4.0, this is {torch.__version__}: it goes on, but not bit"
+        assert said in capsys.readouterr().err
+        assert common.read_json(path)["torch"] == "2.4.0"
+
+
 def test_truncated_last_state_is_named_and_the_best_one_offered(tiny):
     folder = train().run_folder / "fold-0"
     os.truncate(folder / "last.pt", 1000)
