@@ -400,6 +400,6 @@ for axis, (name, part) in zip(axes, rows.items()):
     title = f"{'findings' if name == 'type' else 'films'} (n = {int(part.to_numpy().sum())})"
     axis.set(xlabel=name, ylabel=title)
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-figure.legend(axes[2].containers, shown, loc="outside lower center", ncols=3)
+figure.legend(axes[2].containers, shown, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3)
 common.show(figure, prepared.folder / "figures" / "counts.png")
 print(f"prepared {len(prepared.labels)} films in {prepared.folder}. Next: python 04_train.py")
