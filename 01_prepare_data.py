@@ -269,8 +269,7 @@ if settings.labels or source != "own":
     rows["folder"] = part["name"].str.rpartition("/")[0]
     rows["row in the table"] = part["image"].map(dict(zip(labels["image"], labels.index)))
 shown = common.find_shortcuts(rows, used_labels)
-part = shown.pivot(index="property", columns="tells", values="auc").round(2)
-common.table(part, "AUC of each property alone, guessed from other patients; 0.5 is chance")
+common.table(shown.pivot(index="property", columns="tells")["auc"].round(2), "AUC, 0.5 is chance")
 shown = shown[(shown["low"] > 0.6) & (shown["z"] > 3.5)].sort_values("auc", ascending=False)
 as_made["shortcuts"] = shown.round(3).to_dict("records")
 for row in shown.drop_duplicates("property").itertuples():

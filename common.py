@@ -1899,9 +1899,8 @@ def film_statistics(film, canvas):
     values = (breast.size / canvas.size, breast.mean(), breast.std()) if breast.size else (0, 0, 0)
     x, y = (np.diff([h.mean() for h in np.array_split(film.mean(a), 2)])[0] for a in (0, 1))
     rim = np.concatenate([film[0], film[-1], film[:, 0], film[:, -1]]).mean() / 255
-    frame = {"side": np.sign(x), "orientation": np.degrees(np.arctan2(y, abs(x))), "rim": rim}
-    frame["aspect"] = film.shape[1] / film.shape[0]
-    return {**dict(zip(STATISTICS, map(float, values))), **frame}
+    values += (film.shape[1] / film.shape[0], np.sign(x), np.degrees(np.arctan2(y, abs(x))), rim)
+    return dict(zip([*STATISTICS, "aspect", "side", "orientation", "rim"], map(float, values)))
 
 
 def usual_range(statistics):
@@ -2022,15 +2021,14 @@ def find_shortcuts(plain, labels):
     label, rows = labels["label"], []
     asked = pd.DataFrame({"malignant": label == MALIGNANT, "abnormal": label != NORMAL})
     asked["malignant, not benign"] = asked["malignant"].where(asked["abnormal"])
-    asked = asked.T.drop_duplicates().T  # two are one where a class is missing
-    plain, asked = (table.loc[:, table.nunique() > 1] for table in (plain, asked))
+    asked = asked.loc[:, asked.nunique() > 1].T.drop_duplicates().T  # two are one without a class
     for question in asked:
         positive = asked[question].dropna().astype(bool)
         patients = labels["patient"][positive.index]
         films, who = patients.map(patients.value_counts()), patients.to_numpy()
         count = min(15 + films.max(), len(films))  # neighbours, with a patient's own films
         error = (1 / patients.groupby(positive).nunique() / 12).sum() ** 0.5
-        for name in plain:
+        for name in plain.columns[plain.nunique() > 1]:
             rank = np.unique(plain.loc[positive.index, name], return_inverse=True)[1][:, None]
             gap, near = NearestNeighbors(n_neighbors=count).fit(rank).kneighbors(rank)
             weight = (who[near] != who[:, None]) / (gap + 1e-9)
@@ -2374,8 +2372,7 @@ def recorded(folder, record, settings):
                 other = f"{began['weights_used']}, not {record['weights_used']}"
                 raise UserError(f"{folder.name} began with other --weights: {other}; name the same")
             if began["torch"] != record["torch"]:  # dropout draws other numbers
-                other = f"torch {began['torch']}, this is {record['torch']}"
-                warn(f"{folder.name} began with {other}: it goes on, but not bit for bit as it was")
+                warn(f"{folder.name} began with torch {began['torch']}: not bit for bit any more")
             write_json({**record, "torch": began["torch"]}, folder / "settings.json")
             said = [name for name in SHOWN.split() if record[name]]
             print(", ".join(f"{name.replace('_', ' ')} {record[name]}" for name in said))

@@ -500,6 +500,7 @@ def test_report_loads_nothing_and_like_the_session_says_what_it_is(run):
     assert not re.search(r"https?://|<script|<link|@import|url\(|href=", page)
     for text in (page, said):
         assert common.DISCLAIMER in text and "SYNTHETIC PHANTOMS, n = 48" in text
+    assert "<h2>shortcuts: what tells classes apart" in page
     assert re.search("^SYNTHETIC PHANTOMS: ", said, re.MULTILINE)
     assert "split seed 0, training seed 0, weights: none" in " ".join(said.split())
 

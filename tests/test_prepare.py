@@ -168,6 +168,15 @@ def test_mias_y_is_turned_over_so_that_masses_are_brighter_inside(mias):
     assert np.greater(right_way, wrong_way).sum() >= 22
 
 
+def test_a_mias_films_row_alone_tells_malignant_ones_and_nothing_else_does(mias):
+    found = common.read_json(mias.folder / "prepared.json")["shortcuts"]
+    found = {(row["property"], row["tells"]): row["auc"] for row in found}
+    assert found == {
+        ("row in the table", "malignant"): 0.689,
+        ("row in the table", "abnormal"): 0.662,
+    }
+
+
 def test_every_mias_fold_has_its_share_of_each_class(mias):
     mix = pd.crosstab(mias.splits["fold"], mias.labels["label_name"])
     assert mix["malignant"].between(10, 11).all(), mix
