@@ -258,12 +258,10 @@ print(f"were films dealt out: {known_share(splits['patient'], part):.0%}")
 # guess the class. Named is what is clearly better than chance: a lower 95 % bound above 0.6, and
 # 3.5 standard errors, since that is a chance of 1 % in 13 properties and 3 questions (Bonferroni).
 # Where folders gave the label, they and their order are left out.
-SEEN = ["width", "height", "aspect", "side", "orientation", "mean grey", "sd of grey", "rim"]
-HINTS = "never shown to the network", "a network may learn that instead: make films alike in it"
 part = {"film_width": "width", "film_height": "height", "mean": "mean grey", "sd": "sd of grey"}
 rows = usable.merge(used_labels[["image"]]).rename(columns=part)
 part = rows.assign(path=rows["image"].map(paths)).merge(files, on="path")
-rows = rows[SEEN].assign(bytes=part["bytes"], suffix=part["name"].str.rpartition(".")[2])
+rows = rows[common.SEEN].assign(bytes=part["bytes"], suffix=part["name"].str.rpartition(".")[2])
 rows["bits a pixel"] = 8 * rows["bytes"] / (rows["width"] * rows["height"])  # of the file
 if settings.labels or source != "own":
     rows["folder"] = part["name"].str.rpartition("/")[0]
@@ -274,7 +272,10 @@ shown = shown[(shown["low"] > 0.6) & (shown["z"] > 3.5)].sort_values("auc", asce
 as_made["shortcuts"] = shown.round(3).to_dict("records")
 for row in shown.drop_duplicates("property").itertuples():
     title = f"the {row.property} alone: AUC {row.auc:.2f}, {row.tells} (at least {row.low:.2f})"
-    (common.warn if row.property in SEEN else print)(f"{title}; {HINTS[row.property in SEEN]}")
+    if row.property in common.SEEN:
+        common.warn(f"{title}; a network may learn that instead: make films alike in it")
+    else:
+        print(f"{title}; never shown to the network")
 
 
 # %% Circles, from film to canvas: the films with what the radiologists marked

@@ -574,6 +574,7 @@ def draw_films(pictures, title, rows=1, size=(10, 3), white=255):
         axis.axis("off")
     for axis, (name, picture, *outline) in zip(axes.flat, pictures):
         axis.imshow(np.asarray(picture), cmap="gray", vmin=0, vmax=white)
+        name = str(name)
         short = f"{name[:29]} ... {name[-9:]}"  # paths may be names, as in CBIS-DDSM
         axis.set_title(name if len(name) < 45 else short, fontsize=9)
         extent = (-0.5, picture.shape[1] - 0.5, picture.shape[0] - 0.5, -0.5)
@@ -2009,6 +2010,10 @@ def near_copies(canvases, films, labels):
     pairs = [(patient.index[n], patient.index[m]) for n, m in zip(*near.nonzero()) if n < m]
     pairs = [films["image"][[*pair]] for pair in pairs if patient[[*pair]].nunique() > 1]
     return [" and ".join(pair) for pair in pairs]
+
+
+# of what a child could tell classes by, that which the network sees
+SEEN = ["width", "height", "aspect", "side", "orientation", "mean grey", "sd of grey", "rim"]
 
 
 def find_shortcuts(plain, labels):
