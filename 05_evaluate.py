@@ -641,26 +641,19 @@ common.show(confusion.figure_, judged_run / "figures" / "confusion.png", scope)
 # %% ROC: every threshold at once, with the operating point on the curve for malignant
 # The dot is the threshold that validation films chose; it lies on the curve only roughly, since
 # each fold has its own.
-def draw_roc(predictions, metrics):
-    """Draw the curves of malignant and abnormal films, with their AUCs; return the figure."""
-    label, (figure, axis) = predictions["label"], plt.subplots(figsize=(5.4, 4.6))
-    positives = {"malignant": label == MALIGNANT, "abnormal": label != NORMAL}
-    scores = predictions["p_malignant"], 1 - predictions["p_normal"]
-    for (name, positive), score, colour in zip(positives.items(), scores, ("#D55E00", "#0072B2")):
-        if positive.nunique() > 1:
-            fpr, tpr, _ = sk.roc_curve(positive, score)
-            auc = "AUC {0.value:.2f} ({0.low:.2f} to {0.high:.2f})".format
-            text = f"{name}: {auc(metrics.loc[f'AUC {name}'])}"
-            axis.plot(fpr, tpr, color=colour, label=text)
-    x, y = metrics["value"][["specificity at the point", "recall at the point"]]
-    axis.plot(1 - x, y, "ok", label="threshold from validation")
-    axis.plot([0, 1], [0, 1], "--", color="#999999", label="chance")
-    axis.set(xlabel="1 - specificity", ylabel="sensitivity (recall)", aspect="equal")
-    axis.legend(fontsize=8, loc="lower right")
-    return figure
-
-
-common.show(draw_roc(predictions, metrics), judged_run / "figures" / "roc.png", scope)
+figure, axis = plt.subplots(figsize=(5.4, 4.6))
+rows = {"malignant": (label == MALIGNANT, predictions["p_malignant"])}
+rows["abnormal"] = label != NORMAL, 1 - predictions["p_normal"]
+for name, part in rows.items():
+    if part[0].nunique() > 1:
+        title = "{0}, 95 % {1.low:.2f} to {1.high:.2f}".format(name, metrics.loc[f"AUC {name}"])
+        sk.RocCurveDisplay.from_predictions(*part, name=title, ax=axis)
+part = metrics["value"][["specificity at the point", "recall at the point"]]
+axis.plot(1 - part.iloc[0], part.iloc[1], "ok", label="threshold from validation")
+axis.plot([0, 1], [0, 1], "--", color="#999999", label="chance")
+axis.set(xlabel="1 - specificity", ylabel="sensitivity (recall)", aspect="equal")
+axis.legend(fontsize=8, loc="lower right")
+common.show(figure, judged_run / "figures" / "roc.png", scope)
 
 
 # %% Calibration: do probabilities mean what they say, before and after the temperature
