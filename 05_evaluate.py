@@ -712,23 +712,18 @@ def by_group(predictions, prepared):
     return pd.DataFrame(rows, columns=columns)
 
 
-def draw_groups(groups, false_alarms):
-    """Draw the share called abnormal of each group, beside that of normal films."""
-    figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
-    shown = groups[::-1]
-    bars = [f"{g.group} {g.value} (n = {g.n})" for g in shown.itertuples()]
-    spread = np.abs(shown[["low", "high"]].to_numpy().T - shown["called abnormal"].to_numpy())
-    colours = shown["group"].map({"finding": "#0072B2", "tissue": "#009E73", "radius": "#CC79A7"})
-    axis.barh(bars, shown["called abnormal"], xerr=spread, capsize=3, color=colours)
-    axis.axvline(false_alarms, color="black", ls="--", label="normal films")
-    axis.set(xlabel="share called abnormal, 95 % Wilson intervals", xlim=(0, 1))
-    axis.legend(fontsize=8, loc="upper right")
-    return figure
-
-
 groups = by_group(predictions, prepared)
 common.table(groups.round(2), f"abnormal films and findings, by group; {scope}")
-figure = draw_groups(groups, (predictions["predicted"] != NORMAL)[label == NORMAL].mean())
+figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
+part = groups[::-1]
+rows = [f"{row.group} {row.value} (n = {row.n})" for row in part.itertuples()]
+options = {
+    "color": part["group"].map({"finding": "#0072B2", "tissue": "#009E73"}).fillna("#CC79A7")
+}
+options["xerr"] = np.abs(part[["low", "high"]].to_numpy().T - part["called abnormal"].to_numpy())
+axis.barh(rows, part["called abnormal"], capsize=3, **options)
+axis.axvline((predictions["predicted"] != NORMAL)[label == NORMAL].mean(), color="black", ls="--")
+axis.set(xlabel="share called abnormal, 95 % Wilson intervals (dashed: normal films)", xlim=(0, 1))
 common.show(figure, judged_run / "figures" / "groups.png", scope)
 
 
