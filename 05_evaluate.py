@@ -573,12 +573,8 @@ recalled = above_threshold(predictions, thresholds)
 part = predictions["patient"], predictions["fold"]
 draws = patient_weights(*part, settings.resamples, settings.seed)
 metrics = summarise(measure(predictions, recalled, draws), settings.resamples)
-title = f"test metrics, 95 % intervals over patients; {scope}"
-common.table(metrics.dropna(subset=["value"]).round(3), title)
-part = [name for code, name in enumerate(CLASS_NAMES) if not (predictions["label"] == code).any()]
-if part:
-    print(f"No test film is {' or '.join(part)}, so that these say nothing and are left out:")
-    print(common.listing(metrics.index[metrics["value"].isna()], 20))
+title = f"test metrics, 95 % intervals over patients (-: there are no such films); {scope}"
+common.table(metrics.round(3), title)
 if len(fold_models) < judged_record["data"]["folds"]:
     print("Not all folds are trained: a figure for the whole database needs --fold all.")
 
