@@ -213,9 +213,8 @@ def load_weights(weights, fold=0):
     chosen = ResNet18_Weights.IMAGENET1K_V1
     cached = Path(torch.hub.get_dir()) / "checkpoints" / chosen.url.rsplit("/", 1)[-1]
     try:
-        if not cached.is_file():
-            common.contact(chosen.url)
-        state = chosen.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        with common.reaching():
+            state = chosen.get_state_dict(progress=True, check_hash=True, weights_only=True)
         return Weights(state, "ImageNet (IMAGENET1K_V1)")
     except (pickle.UnpicklingError, EOFError, IndexError, struct.error):
         raise UserError(f"{cached} is damaged or no state dict; delete it, run again") from None

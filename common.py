@@ -33,8 +33,6 @@ import textwrap
 import time
 import typing
 import unicodedata
-import urllib.error
-import urllib.request
 import warnings
 import zipfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -1040,40 +1038,26 @@ def extract(archive, folder, downloaded=False):
         raise UserError(f"{archive} is damaged or not safe: {error}; get it again") from None
 
 
-def contact(url, patience=12.0):
-    """Ask a server for the head of a file or, if it gives no heads (403, 405), for the file.
-
-    ConnectionError if there is no good answer, or silence for `patience` seconds.
-    """
-    for method in ("HEAD", "GET"):
-        try:
-            asked = urllib.request.Request(url, method=method, headers={"User-Agent": "torch.hub"})
-            return urllib.request.urlopen(asked, timeout=patience).close()
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            if method == "GET" or not isinstance(error, urllib.error.HTTPError):
-                raise ConnectionError(str(getattr(error, "reason", error))) from None
-
-
-def download(url, path):
-    """Download a file, once; ConnectionError if it cannot be had.
-
-    The server is asked first, so that a silent one is given up within seconds.
-    """
-    if path.is_file():
-        return path
-    print(f"looking for the database at {url} ...", flush=True)
-    contact(url)
-    print(LICENCE)
+@contextlib.contextmanager
+def reaching(patience=12.0):
+    """Turn what fails on the way to a server, or its silence for seconds, into ConnectionError."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)
+    socket.setdefaulttimeout(patience)
     try:
-        with replacing(path) as temporary:
-            torch.hub.download_url_to_file(url, str(temporary))
-        return path
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        yield
+    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
         raise ConnectionError(str(getattr(error, "reason", error))) from None
     finally:
         socket.setdefaulttimeout(before)
+
+
+def download(url, path):
+    """Download a file, once; ConnectionError if it cannot be had."""
+    if not path.is_file():
+        print(f"looking for the database at {url} ...\n{LICENCE}", flush=True)
+        with reaching(), replacing(path) as temporary:
+            torch.hub.download_url_to_file(url, str(temporary))
+    return path
 
 
 def phantom_films(settings):

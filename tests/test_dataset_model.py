@@ -7,6 +7,7 @@ import math
 import os
 import threading
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -546,10 +547,7 @@ def test_bad_weights_file_is_named_and_refused(kind, said, rgb, home, monkeypatc
 
 @pytest.fixture
 def offline(home, monkeypatch):
-    def contact(url, patience=0):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(common, "contact", contact)
+    monkeypatch.setattr(torch.hub, "urlopen", mock.Mock(side_effect=OSError("no route to host")))
 
 
 def test_auto_without_network_starts_at_random_and_cannot_be_overlooked(offline, capsys):

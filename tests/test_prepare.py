@@ -709,20 +709,17 @@ class Mirror(http.server.ThreadingHTTPServer):
     """A server on loopback whose `data` arrives whole only while it is `healthy`."""
 
     daemon_threads = True
-    data, healthy, head = b"", True, 200
+    data, healthy = b"", True
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
-    """Answer HEAD, maybe with a refusal, and GET whole or only by half."""
-
-    def do_HEAD(self):  # noqa: D102
-        self.send_response(self.server.head if self.command == "HEAD" else 200)
-        self.send_header("Content-Length", str(len(self.server.data)))
-        self.end_headers()
+    """Answer GET whole or only by half."""
 
     def do_GET(self):  # noqa: D102
-        self.do_HEAD()
         data = self.server.data
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
         with contextlib.suppress(OSError):  # a client may hang up
             self.wfile.write(data if self.server.healthy else data[: len(data) // 2])
 
@@ -749,12 +746,6 @@ def test_the_database_is_downloaded_once_and_its_licence_shown(mirror, raw, caps
     mirror.data = b""
     assert common.find_films(prepare.Settings())[:2] == ("mias", folder)
     assert "looking" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("status", [403, 405])
-def test_a_server_that_gives_no_heads_is_asked_for_the_file(mirror, status):
-    mirror.head = status
-    assert common.find_films(prepare.Settings(source="mias"))[0] == "mias"
 
 
 def test_a_connection_that_breaks_off_leaves_nothing_in_the_way(mirror, home):
