@@ -244,13 +244,10 @@ def build_model(weights="auto", recipe="lesion", dropout=0.2, freeze=-1):
         state = {key: value for key, value in state.items() if not key.startswith(others)}
         try:
             model.load_state_dict(fitting, strict=False)
-            missing, unknown = model.backbone.load_state_dict(state, strict=False)
-        except (RuntimeError, AttributeError) as error:  # other shapes, no tensors
+            model.backbone.load_state_dict(state)
+        except (RuntimeError, AttributeError) as error:  # other names, other shapes, no tensors
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{name} is no resnet18 ({reason})") from None
-        wrong = {"missing": missing, "unknown": unknown}
-        wrong = [f"{what} are {common.listing(names, 3)}" for what, names in wrong.items() if names]
-        common.refuse(wrong, f"{name} is no resnet18 state dict")
         model.keep_statistics = model.lesion  # batch-norm statistics of eight films are noise
     return model.freeze((0 if state is None else 3) if freeze < 0 else freeze), name
 
