@@ -318,8 +318,6 @@ def end_here():
 
 # %% Files, never half written
 
-HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # of a lock, as systems say
-
 
 @contextlib.contextmanager
 def replacing(path):
@@ -406,10 +404,10 @@ def locked(folder):
                 import fcntl
 
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # as Linux and macOS, and as Windows say
+            hint = "wait until it has finished, or choose another run name or BCD_DATA_DIR"
+            raise UserError(f"another process is writing to {folder}; {hint}") from None
         except OSError as error:
-            if error.errno in HELD:
-                hint = "wait until it has finished, or choose another run name or BCD_DATA_DIR"
-                raise UserError(f"another process is writing to {folder}; {hint}") from None
             # some network drives have no locks: ENOSYS, ENOLCK, EOPNOTSUPP
             warn(f"{folder} cannot be locked ({error.strerror}); let no other process write there")
         yield
@@ -1095,9 +1093,8 @@ def find_films(settings):
     elif source == "mias":
         source, folder = find_mias(settings)
     else:
-        known = f"--source {source}: expected auto, mias, phantom or own; "
-        known = known if source != "own" else ""
-        raise UserError(f"{known}films of your own need --images DIR or --archive FILE")
+        need = "films of your own need --images DIR or --archive FILE"
+        raise UserError(f"{need} (--source {source}: expected auto, mias, phantom or own)")
     return source, folder, list_files(folder)
 
 
@@ -2373,9 +2370,7 @@ def read_checkpoint(path):
     """Read tensors and plain values onto the CPU, a dict; refuse a file that would run code."""
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there; check the name and the folder") from None
-    except PermissionError:
+    except (FileNotFoundError, PermissionError):
         raise
     except pickle.UnpicklingError:
         holds = "holds more than tensors and plain values, which could run code (or is damaged)"
