@@ -17,7 +17,6 @@ import torch
 from torch.nn import functional as F
 from torchvision.models import ResNet18_Weights, resnet18
 
-import common
 from common import BENIGN, CLASS_NAMES, MALIGNANT, NORMAL, UserError
 
 data = importlib.import_module("02_dataset")
