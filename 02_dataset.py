@@ -240,10 +240,7 @@ if __name__ == "__main__":
     epoch_mix = {"without": dataset.labels, "with the sampler": dataset.labels[rows]}
     epoch_mix = {name: np.bincount(part, minlength=3) for name, part in epoch_mix.items()}
     epoch_mix = pd.DataFrame(epoch_mix, index=CLASS_NAMES)
-    common.table(epoch_mix, "films of an epoch")
-    options = {"figsize": (5, 3.4), "rot": 0, "color": ["#999999", "#009E73"], "ylabel": "films"}
-    axis = epoch_mix.plot.bar(title=f"An epoch, fold {chosen_fold} (n = {len(dataset)})", **options)
-    common.show(axis.figure, prepared.folder / "figures" / "sampler.png")
+    common.table(epoch_mix, f"an epoch of {len(dataset)} films, fold {chosen_fold}")
 
 
 # %% Augmentation: how a film is varied each time that it is seen
