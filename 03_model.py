@@ -10,8 +10,6 @@ Out: build_model() and what belongs to it. Nothing is written but a figure.
 # %% Imports: this script finds its own folder first, whatever the working directory is
 import importlib
 import math
-import pickle
-import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,13 +211,10 @@ def load_weights(weights, fold=0):
     chosen = ResNet18_Weights.IMAGENET1K_V1
     cached = Path(torch.hub.get_dir()) / "checkpoints" / chosen.url.rsplit("/", 1)[-1]
     try:
-        with common.reaching():
-            state = chosen.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        state = common.read_checkpoint(common.download(chosen.url, cached, cached.stem[-8:]))
         return Weights(state, "ImageNet (IMAGENET1K_V1)")
-    except (pickle.UnpicklingError, EOFError, IndexError, struct.error):
-        raise UserError(f"{cached} is damaged or no state dict; delete it, run again") from None
-    except (OSError, RuntimeError) as error:
-        reason = str(getattr(error, "reason", error))
+    except ConnectionError as error:
+        reason = str(error)
     if weights == "imagenet":
         what = f"the ImageNet weights could not be had from {chosen.url} ({reason})"
         raise UserError(f"{what}; name a file with --weights FILE, or try --weights none")

@@ -1036,26 +1036,24 @@ def extract(archive, folder, downloaded=False):
         raise UserError(f"{archive} is damaged or not safe: {error}; get it again") from None
 
 
-@contextlib.contextmanager
-def reaching(patience=12.0):
-    """Turn what fails on the way to a server, or its silence for seconds, into ConnectionError."""
+def download(url, path, digest=None):
+    """Download a file, once, whose sha256 begins with `digest`.
+
+    ConnectionError if it cannot be had, or if the server is silent for 12 seconds.
+    """
+    if path.is_file():
+        return path
+    print(f"downloading {url} ...", flush=True)
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(patience)
+    socket.setdefaulttimeout(12)
     try:
-        yield
+        with replacing(path) as temporary:
+            torch.hub.download_url_to_file(url, str(temporary), digest)
+        return path
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
         raise ConnectionError(str(getattr(error, "reason", error))) from None
     finally:
         socket.setdefaulttimeout(before)
-
-
-def download(url, path):
-    """Download a file, once; ConnectionError if it cannot be had."""
-    if not path.is_file():
-        print(f"looking for the database at {url} ...\n{LICENCE}", flush=True)
-        with reaching(), replacing(path) as temporary:
-            torch.hub.download_url_to_file(url, str(temporary))
-    return path
 
 
 def phantom_films(settings):
@@ -1106,6 +1104,7 @@ def find_mias(settings):
     if os.environ.get("MIAS_ARCHIVE"):
         return "mias", extract(Path(os.environ["MIAS_ARCHIVE"]), raw)
     url = os.environ.get("MIAS_URL", MIRROR)
+    print(LICENCE)
     try:
         archive = download(url, raw.parent / "all-mias.tar.gz")
         return "mias", extract(archive, raw, downloaded=True)

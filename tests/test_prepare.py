@@ -745,7 +745,7 @@ def test_the_database_is_downloaded_once_and_its_licence_shown(mirror, raw, caps
     assert "research purposes only" in capsys.readouterr().out
     mirror.data = b""
     assert common.find_films(prepare.Settings())[:2] == ("mias", folder)
-    assert "looking" not in capsys.readouterr().out
+    assert "downloading" not in capsys.readouterr().out
 
 
 def test_a_connection_that_breaks_off_leaves_nothing_in_the_way(mirror, home):
