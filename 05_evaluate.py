@@ -73,16 +73,8 @@ def wilson(hits, n):
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def textbook(hits, n):
-    """Return the interval of 1.96 standard errors, as most textbooks have it."""
-    half = 1.96 * math.sqrt(hits / n * (1 - hits / n) / n)
-    return hits / n - half, hits / n + half
-
-
-rows = [(9, 10), (10, 10), (47, 52), (470, 520)]
-rows = [(f"{row[0]} of {row[1]}", *wilson(*row), *textbook(*row)) for row in rows]
-columns = ["found", "Wilson from", "to", "textbook from", "to "]
-common.table(pd.DataFrame(rows, columns=columns).round(3), "95 % intervals of a share")
+rows = {f"{n} of {of}": wilson(n, of) for n, of in [(9, 10), (10, 10), (47, 52), (470, 520)]}
+common.table(pd.DataFrame(rows, index=["from", "to"]).T.round(3), "95 % intervals of a share")
 
 
 # %% Metrics, with scikit-learn as their witness
