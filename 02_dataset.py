@@ -358,7 +358,8 @@ if __name__ == "__main__":
 # Each shows a network as many rows at a step, 512 of a canvas of 1024, so both cost the same. The
 # whole film shows how tissue is spread, a window small lesions and calcifications. Windows lie
 # three of four times at a circle, where the film has one, else anywhere on the breast, and are
-# called what their circles say, whatever their film is.
+# called what their circles say, whatever their film is. A canvas of fewer than 1024 rows is trained
+# on whole, and looked at in two ways only here.
 ROWS = 512  # of a film that a step sees, at least where there are as many
 
 
@@ -424,5 +425,3 @@ if __name__ == "__main__":
     title = f"{dataset.images[shown_row]}: {prepared.films.shape[1:]} px, looked at in two ways"
     figure, axes = common.draw_films(pictures, title, size=(9, 4), white=1)
     common.show(figure, prepared.folder / "figures" / "looks.png")
-    name = "small, it is trained on whole" if reduction(prepared.films) == 1 else "as in training"
-    print(f"a step sees {tuple(pictures[0][1].shape)} px of the film, or of a window; {name}")
