@@ -360,10 +360,9 @@ def beside_other_breast(logits, films, weight=1.0):
 
 
 if __name__ == "__main__":
-    options = {"alone": four_read.logits}
-    options["beside"] = beside_other_breast(four_read.logits, four.table())
     beside = four.table()[["image", "patient", "laterality"]].reset_index(drop=True)
-    for name, part in options.items():
+    rows = four_read.logits, beside_other_breast(four_read.logits, beside)
+    for name, part in zip(("alone", "beside"), rows):
         beside[f"malignant - normal, {name}"] = (part[:, MALIGNANT] - part[:, NORMAL]).numpy()
     common.table(beside.round(4), "logits of four films, alone and beside the other breast")
 

@@ -770,8 +770,7 @@ def draw_sheet(predictions, heats, prepared):
     malignant, normal = (ranked[ranked["label"] == code] for code in (MALIGNANT, NORMAL))
     sheet = {"malignant, highest p": malignant[::-1], "malignant, lowest p": malignant}
     sheet["normal, highest p"] = normal[::-1]
-    options = {"figsize": (9, 6.6), "layout": "constrained", "squeeze": False}
-    figure, axes = plt.subplots(len(sheet), 5, **options)
+    figure, axes = plt.subplots(len(sheet), 5, figsize=(9, 6.6), layout="constrained")
     plt.setp(axes, xticks=[], yticks=[])
     for line, (name, films) in zip(axes, sheet.items()):
         line[0].set_ylabel(name)

@@ -2359,8 +2359,7 @@ def recorded(folder, record, settings):
             if began["torch"] != record["torch"]:  # dropout draws other numbers
                 warn(f"{folder.name} began with torch {began['torch']}: not bit for bit any more")
             write_json({**record, "torch": began["torch"]}, folder / "settings.json")
-            said = [name for name in SHOWN.split() if record[name]]
-            print(", ".join(f"{name.replace('_', ' ')} {record[name]}" for name in said))
+            print(", ".join(f"{name} {record[name]}" for name in SHOWN.split() if record[name]))
         collect(None)  # nobody writes before the run is begun
         yield
 
