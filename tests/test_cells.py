@@ -29,14 +29,12 @@ FIGURES = {  # of the cells that draw, by the start of their title
     "02_dataset.py": {
         "The Dataset": 1,
         "Batches": 1,
-        "The sampler": 1,
         "Augmentation": 1,
         "Two looks": 1,
     },
     "03_model.py": {"What it says": 1},
     "04_train.py": {"The curves": 1},
     "05_evaluate.py": {
-        "Judged in four ways": 1,
         "Confusion": 1,
         "ROC": 1,
         "Calibration": 1,
