@@ -732,7 +732,9 @@ def test_c9_dicom_films_are_known_by_what_is_inside(home, name):
         paths, extra = common.match_films(pd.DataFrame({"image": table}), files)
         assert not extra and sorted(path.name for path in paths.values()) == names
     headers = common.headers_of(paths)
-    assert headers["patient"].tolist() == ["P0", "P1", "P2"] and set(headers["laterality"]) == {"L"}
+    assert headers["patient"].tolist() == ["P0", "P1", "P2"] and set(headers["laterality"]) == {
+        "left"
+    }
     assert np.abs(common.read_film(home / "scans" / names[0]).astype(int) - film()).max() <= 2
 
 

@@ -159,7 +159,7 @@ def test_run_writes_the_files_and_columns_of_the_contract(tiny, recipe, capsys):
     assert {**record, **named} == record
     assert record["run"] == folder.name and record["synthetic"] is True
     printed = capsys.readouterr().out
-    assert record["split_seed"] == 464 and "split seed 464" in printed
+    assert record["split_seed"] == 464 and "split_seed 464" in printed
     for path in (folder / "history.csv", folder / "fold-0" / "history.csv"):
         assert list(pd.read_csv(path)) == COLUMNS and pd.read_csv(path)["epoch"].tolist() == [1, 2]
     assert run.history["epoch"].tolist() == [1, 2]
