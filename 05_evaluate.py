@@ -406,7 +406,7 @@ elif part * (1 - settings.recall) < 1:
 def place_own_films(paths, settings, record):
     """Return the canvases of films, an array on the disk, and their rows as in films.csv."""
     size, crop = tuple(record["data"]["size"]), record["data"]["crop"]
-    bits = record["film_bits"] if record["film_bits"] > 8 else None
+    bits = record["film_bits"] if record["film_bits"] != 8 else None
     canvases = common.scratch_array((len(paths), *size), common.runs_dir())
 
     def place(item):
@@ -417,8 +417,7 @@ def place_own_films(paths, settings, record):
     items = [*zip(range(len(paths)), paths, sides_of_own(paths, settings))]
     rows = pd.DataFrame(common.in_threads(place, items, "placing"))
     for row in rows[rows["problem"] != ""].itertuples():
-        hint = f" ({row.image}: is it a mammogram of one breast?)"
-        raise UserError(row.problem + (hint if row.image not in row.problem else ""))
+        raise UserError(f"{row.image}: {row.problem} (is it a mammogram of one breast?)")
     common.say_oddities(rows)
     usual = pd.DataFrame(record["film_statistics"], index=["low", "high"]).T
     rows["unlike"] = common.unlike(rows[common.STATISTICS], usual)
