@@ -749,17 +749,14 @@ common.table(pointing.round(3), f"pointing game over {len(points)} usable circle
 
 # %% Hits, misses, false alarms: the films that a reader should see first
 # What it found, what it missed, and where it cried wolf, with Grad-CAM and with the map of places.
-# Maps are computed on the canvas and shown on the film as the radiologist knows it, unmirrored and
+# Canvas and maps are shown where they lie on the film as the radiologist knows it, unmirrored and
 # uncropped.
 def draw_film(axis, image, heat, prepared):
     """Draw a prepared film, a map (h, w) over its canvas and its circles, in film pixels."""
     row = prepared.table[prepared.table["image"] == image].iloc[0]
     g, size = common.geometry_of(row), prepared.films.shape[1:]
-    try:
-        film = common.read_film(row["file"], row["bits"], [])
-    except UserError:  # the originals were moved; the canvas still has the breast
-        film = common.canvas_on_film(prepared.films[row.name], g, size)
-    common.draw_heat(axis, film, common.canvas_on_film(heat, g, size))
+    film, heat = (common.canvas_on_film(part, g, size) for part in (prepared.films[row.name], heat))
+    common.draw_heat(axis, film, heat)
     common.draw_circles(axis, prepared.findings[prepared.findings["image"] == image])
 
 
