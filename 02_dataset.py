@@ -174,9 +174,8 @@ class MammogramDataset(Dataset):
 
 if __name__ == "__main__":
     dataset = MammogramDataset(prepared, parts["train"])
-    rows = prepared.findings[prepared.findings["image"].isin(dataset.table()["image"])]
-    rows = rows.dropna(subset=["canvas_radius"]).sort_values("canvas_radius")["image"]
-    name = (*rows, dataset.images[0])[len(rows) // 2]  # a film with a lesion of the median size
+    rows = [n for n in dataset.table()["image"] if n in dataset.circles]  # of training films
+    name = (*rows, dataset.images[0])[0]
     shown_row = int(np.argmax(dataset.images == name))
     part, (maps, _) = MammogramDataset(prepared, [shown_row])[0], dataset.lesion_maps([shown_row])
     print(f"film {tuple(part[0].shape)}, {CLASS_NAMES[part[1]]}; maps {tuple(maps.shape[1:])}")
