@@ -566,8 +566,6 @@ draws = patient_weights(*part, settings.resamples, settings.seed)
 metrics = summarise(measure(predictions, recalled, draws), settings.resamples)
 title = f"test metrics, 95 % intervals over patients (-: there are no such films); {scope}"
 common.table(metrics.round(3), title)
-if len(fold_models) < judged_record["data"]["folds"]:
-    print("Not all folds are trained: a figure for the whole database needs --fold all.")
 
 # %% Judged in four ways, beside the claim
 # Part of the other breast's gain is how MIAS was collected: most patients have exactly one abnormal
