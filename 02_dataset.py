@@ -174,8 +174,7 @@ class MammogramDataset(Dataset):
 
 if __name__ == "__main__":
     dataset = MammogramDataset(prepared, parts["train"])
-    rows = [n for n in dataset.table()["image"] if n in dataset.circles]  # of training films
-    name = (*rows, dataset.images[0])[0]
+    name = next((n for n in dataset.table()["image"] if n in dataset.circles), dataset.images[0])
     shown_row = int(np.argmax(dataset.images == name))
     part, (maps, _) = MammogramDataset(prepared, [shown_row])[0], dataset.lesion_maps([shown_row])
     print(f"film {tuple(part[0].shape)}, {CLASS_NAMES[part[1]]}; maps {tuple(maps.shape[1:])}")

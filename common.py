@@ -2395,8 +2395,7 @@ def taken_up(settings, prepared):
         elif mine not in (old, record.get(f"{name}_used")) and name not in MAY_CHANGE:
             changed.append(f"{name} {old} -> {mine}")
     refuse(changed, f"put back what {folder.name} began with, or begin a new run; changed are")
-    given = vars(settings)
-    taken = [f"{name} {value}" for name, value in values.items() if value != given[name]]
+    taken = [f"{n} {value}" for n, value in values.items() if value != getattr(settings, n)]
     if taken:
         print(f"taken from {folder.name}, until the Settings cell is run: {listing(taken, 99)}")
     return dataclasses.replace(settings, **values)
