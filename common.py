@@ -1154,6 +1154,14 @@ def find_films(settings):
     own = settings.labels or in_class_folders(files, settings.classes)
     if source == "auto":
         source = "own" if own else "mias"
+    given = [
+        n for n in ("labels", "findings", "patient-from") if vars(settings)[n.replace("-", "_")]
+    ]
+    hint = "films of your own need --images and --labels, or a folder for each class"
+    refuse(
+        given if source in ("mias", "phantom") else (),
+        f"{hint}; with --source {source} there can be no",
+    )
     if source == "phantom":
         folder = phantom_films(settings)
     elif source == "own" and not own:
@@ -1284,7 +1292,8 @@ COLUMNS = [  # in small letters, without blanks and signs; the first that is the
     "image file filename filepath path film imageid imagename imagefile imagefilepath refnum",
     "label labelname class classname pathology diagnosis classification severity cancer status "
     "breastbirads birads assessment",
-    "patient patientid subject subjectid case caseid studyid id id1",
+    "patient patientid patientno anonpatientid empianon mrn subject subjectid sourcesubjectid case "
+    "caseid studyid id id1",
     "laterality imagelaterality side breast leftorrightbreast leftright view",
     "type",
 ]
@@ -1320,7 +1329,9 @@ def own_columns(table, path, wanted=COLUMNS, needed=(), quiet=False):
     unused = [name for name in rest if plain_name(name) not in " ".join(BOXES).split()]
     if unused and not quiet:
         print(f"{path}: not used: {listing(unused, 99)}")
-    return table[kept].set_axis(list(found), axis=1), rest
+    table = table[kept].set_axis(list(found), axis=1)
+    table.attrs["label"] = plain_name(found.get("label", ""))
+    return table, rest
 
 
 def named_classes(classes=""):
@@ -1358,7 +1369,7 @@ def checked_labels(table, rest, classes, path):
     if "type" in table:
         words = words.mask((words == "") & (table["type"].str.upper() == "NORM"), "normal")
     numbers = sorted(set(words[words.str.fullmatch(r"[-+]?\d+")]) - set(known))
-    if numbers == ["0", "1", "2"]:
+    if numbers == ["0", "1", "2"] and not re.search("birads|assess", table.attrs.get("label", "")):
         known.update({"0": BENIGN, "1": NORMAL, "2": MALIGNANT})
         warn(f"{path}: label 0 is taken for benign, 1 for normal, 2 for malignant")
     elif numbers:
@@ -1571,7 +1582,7 @@ def originals(names):
 def patients_from(pattern, names):
     """Return what the first group of a regular expression finds in films' names."""
     try:
-        found = names.str.extract(pattern)[0]
+        found = names.str.extract(pattern).iloc[:, 0]
     except (re.error, ValueError) as error:
         what = f"--patient-from {pattern}: {error}"
         raise UserError(f'{what}; expected such as "^([0-9]+)_", (patient) in brackets') from None
@@ -1583,10 +1594,10 @@ def hint_at_patients(names):
     """Return the --patient-from for a part of films' names that several share, else ""."""
     if names.str.contains(r"mdb\d{3}", case=False).all():
         return "; of MIAS mdb001 and mdb002 are one patient's, mdb003 and mdb004, and so on"
-    parts = names.str.split("[_/]", expand=True, regex=True)
+    parts = names.str.split("[_/ -]", expand=True, regex=True)
     for n, part in parts.items() if parts.notna().all(axis=None) else ():
         if max(5, len(names) / 25) < part.nunique() < 0.75 * len(names):
-            pattern = f"([^_/]+)([_/][^_/]*){{{parts.shape[1] - 1 - n}}}$"
+            pattern = f"([^_/ -]+)([_/ -][^_/ -]*){{{parts.shape[1] - 1 - n}}}$"
             return f'; their names look so, try --patient-from "{pattern}"'
     return ""
 
@@ -1631,7 +1642,10 @@ def read_own_labels(path, files=None, classes="", patient_from=""):
             table[role] = values
     name = table["image"].map(lambda image: names.get(image, image))  # of the file: it says more
     if patient_from:
-        table["patient"] = patients_from(patient_from, name)
+        found = patients_from(patient_from, name)
+        parted = found.groupby(table.get("patient", found)).nunique()
+        warn_of(parted.index[parted > 1], f"patients of {path} are parted by --patient-from")
+        table["patient"] = found
     if "patient" in table and table["patient"].str.lower().str.fullmatch(MISSING).all():
         table = table.drop(columns="patient")
     if "patient" in table:
@@ -1677,7 +1691,8 @@ def read_own_findings(path, labels, classes="", needed=True):
     if own.isna().all() and "severity" not in map(plain_name, raw):
         word = pd.Series("", table.index)  # words such as mass: no class
     severity = own.where(word != "", label)
-    nowhere = table[numbers].isin(["", "0", "0.0", "-", "nan"]).all(axis=1)
+    empty = ["", "0", "0.0", "-", "nan", "na", "n/a", "none", "null"]
+    nowhere = table[numbers].apply(lambda words: words.str.lower().isin(empty)).all(axis=1)
     nothing = raw.apply(lambda column: column.str.contains("no.?finding", case=False)).any(axis=1)
     nothing = nowhere & (nothing | (severity == NORMAL))
     if nothing.any():
@@ -1702,7 +1717,7 @@ def read_own_findings(path, labels, classes="", needed=True):
     for wrong, what in [
         (film.isna(), "a film that has no label"),
         (vague & ~nowhere, "no circle or box in numbers such as 1040 and 12.5"),
-        ((table[numbers] <= 1).all(axis=1), "shares of the film in place of its pixels"),
+        ((table[numbers] <= 1).all(axis=1) & ~nowhere, "shares of the film in place of its pixels"),
         (severity.isna(), "a severity other than benign (B) or malignant (M)"),
         (worse | (label == NORMAL), "a finding that its film's label contradicts"),
     ]:
@@ -2212,15 +2227,17 @@ def load_prepared(source):
         labels, splits = (edited_table(folder / f"{n}.csv", table) for n in ("labels", "splits"))
         edited = [n for n, digest in state["digests"].items() if file_digest(folder / n) != digest]
         note = "; ".join(filter(None, [state["note"], *(f"{n} edited by hand" for n in edited)]))
+        if "films.csv" in edited:  # its rows are those of films.npy
+            raise ValueError("films.csv was edited")
         if not len(films) == len(table) == len(labels) == len(splits):
             raise ValueError("films and tables differ in length")
         pixels, *facts = (state[name] for name in ("pixels", "crop", "split_seed"))
         table["bits"]  # an earlier version noted none
         check_tables(labels, splits)
+        label = findings["image"].map(labels.set_index("image")["label"])
+        denied = (label == NORMAL) | (label == BENIGN) & (findings["severity"] == "M")
     except (OSError, ValueError, EOFError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"{folder} is not whole ({error}); run 01_prepare_data.py again") from None
-    label = findings["image"].map(labels.set_index("image")["label"])
-    denied = (label == NORMAL) | (label == BENIGN) & (findings["severity"] == "M")
     names = findings["image"][denied].unique()
     warn_of(names, "films have findings that their edited labels deny, and that are not taught")
     findings = findings[~denied].reset_index(drop=True)
@@ -2242,7 +2259,10 @@ def check_tables(labels, splits):
         (labels["image"][~sides], "laterality other than right, left or nothing"),
         (labels["image"][labels["patient"] != patients], "another patient in splits.csv"),
         (folds.index[folds > 1], "patients in two folds of splits.csv; their films must share one"),
-        (set(splits["fold"]) ^ set(range(splits["fold"].nunique())), "folds are not 0, 1, 2, ..."),
+        (
+            {0, 1, *splits["fold"]} ^ {*range(splits["fold"].nunique())},
+            "folds are not 0, 1, 2, ...",
+        ),
     ]:
         mend = "mend labels.csv or splits.csv (in step 1: the tables), or run step 1 again"
         refuse(wrong, f"{mend}: {what}")

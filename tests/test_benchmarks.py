@@ -1,6 +1,7 @@
 """The benchmarks: what can be had here is measured, and nothing of the user's is touched."""
 
 import re
+
 import pandas as pd
 from conftest import run_script
 

@@ -689,7 +689,7 @@ def test_one_fold_without_malignant_films_is_evaluated_and_recorded_as_json(run,
     folder = run_main("04_train.py", source="own", **QUICK).run_folder
     done = command(*FLAGS)
     assert done.returncode == 0, done.stderr
-    assert "SYNTHETIC" not in done.stdout and "--fold all" in done.stdout
+    assert "SYNTHETIC" not in done.stdout and "1 of 3 folds" in done.stdout
     text = (folder / "metrics.json").read_text(encoding="utf-8")
     shutil.rmtree(folder)  # the checkpoints
     values = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))

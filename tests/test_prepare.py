@@ -995,6 +995,13 @@ def test_labels_edited_by_hand_are_used_and_kept_or_refused_where_they_contradic
     assert common.read_table(kept).equals(labels)
 
 
+def test_an_edited_films_csv_is_refused(home):
+    folder = prepare_data(**TINY).folder
+    films = common.read_table(folder / "films.csv").sort_values("mean")
+    films.to_csv(folder / "films.csv", index=False)
+    assert "films.csv was edited" in refused(common.load_prepared, "phantom")
+
+
 def test_a_circle_that_an_edited_label_denies_is_named_and_not_taught(home, capsys):
     first = prepare_data(**TINY)
     path, labels = first.folder / "labels.csv", first.labels.copy()

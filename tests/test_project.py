@@ -135,7 +135,7 @@ LAYOUT = "COMMENT NL NEWLINE INDENT DEDENT ENDMARKER".split()
 
 def test_the_code_is_short_and_formatted_throughout():
     texts = [(PROJECT / name).read_text(encoding="utf-8") for name in FILES]
-    assert sum(len(code_lines(text)) for text in texts) <= 3550
+    assert sum(len(code_lines(text)) for text in texts) <= 3600
     assert not any("fmt: skip" in text for text in texts)
 
 

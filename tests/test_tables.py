@@ -80,7 +80,7 @@ def test_inbreast(home, capsys):
     classes = README["INbreast"]["--classes"]
     found = common.read_own_labels(path, files, classes)
     said = capsys.readouterr().err
-    assert '--patient-from "([^_/]+)([_/][^_/]*){4}$"' in said and found["patient"].is_unique
+    assert '--patient-from "([^_/ -]+)([_/ -][^_/ -]*){4}$"' in said and found["patient"].is_unique
     pattern = said.split('--patient-from "')[1].split('"')[0]
     for expression in (pattern, README["INbreast"]["--patient-from"]):
         found = common.read_own_labels(path, files, classes, expression)
@@ -281,3 +281,34 @@ def test_y_from_the_bottom_is_found_by_the_films_and_said(home, capsys):
                                 folds=2, findings=str(path))  # fmt: skip
         assert prepared.findings["y"].tolist() == [y for _, _, y in rows]
         assert ("y is taken to run from the bottom" in capsys.readouterr().err) == turned
+
+
+def test_birads_0_to_2_are_no_classes(home):
+    text = "image,patient,BIRADS\na,p1,0\nb,p2,1\nc,p3,2\n"
+    assert "BI-RADS are none" in refused(common.read_own_labels, table(home, text))
+    found = common.read_own_labels(home / "mine.csv", None, "0=normal,1=normal,2=benign")
+    assert found["label"].tolist() == [1, 1, 0]
+
+
+def test_a_patient_that_patient_from_parts_is_named(home, capsys):
+    text = "image,label,Patient No,study_id\n" + "".join(
+        f"W{n // 4}_{n // 2}_{n},benign,W{n // 4},{n // 2}\n" for n in range(8))  # fmt: skip
+    assert common.read_own_labels(table(home, text))["patient"].nunique() == 2
+    found = common.read_own_labels(home / "mine.csv", None, "", r"^(?P<exam>W\d+_\d+)_")
+    assert found["patient"].nunique() == 4
+    assert "2 patients of" in (said := capsys.readouterr().err) and "W0, W1" in said
+
+
+def test_findings_without_a_place_as_pandas_writes_them(home):
+    found = common.read_own_labels(table(home, "image,label\na,normal\nb,benign\n"))
+    text = "image,x0,y0,x1,y1\na,NaN,NaN,NaN,NaN\nb,0,0,0,0\nb,5,6,9,9\n"
+    boxes = common.read_own_findings(table(home, text, name="boxes.csv"), found)
+    assert boxes["image"].tolist() == ["b", "b"] and boxes["radius"].isna().tolist() == [
+        True,
+        False,
+    ]
+
+
+def test_labels_of_ones_own_are_refused_with_phantoms(home):
+    path = str(table(home, "image,label\na,normal\n"))
+    assert "no: labels" in refused(prepare_data, source="phantom", labels=path)
