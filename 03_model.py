@@ -100,14 +100,21 @@ class MammogramNet(nn.Module):
         """Return the parameters that no ResNet18 has, those of the heads."""
         return [p for name, p in self.named_parameters() if not name.startswith("backbone.")]
 
-    def forward(self, films):
-        """Classify films, float (B, 1, H, W), 0 (black) to 1.
+    def frozen_features(self, films):
+        """Return what the frozen stages, but for the last, make of films; always the same."""
+        features = (films.expand(-1, 3, -1, -1) - self.MEAN.to(films)) / self.STD.to(films)
+        for stage in self.stages()[: min(self.frozen, 4)]:
+            features = stage(features)
+        return features
+
+    def forward(self, films, features=None):
+        """Classify films, float (B, 1, H, W), 0 (black) to 1, or go on from frozen features.
 
         Returns logits of the films (B, 3), in the order of CLASS_NAMES, and of every place
         (B, 3, h, w), h = ceil(H / 32) for "plain" and ceil(H / 16) for "lesion".
         """
-        coarse = (films.expand(-1, 3, -1, -1) - self.MEAN.to(films)) / self.STD.to(films)
-        for stage in self.stages():
+        coarse = self.frozen_features(films) if features is None else features
+        for stage in self.stages()[min(self.frozen, 4) :]:
             fine, coarse = coarse, stage(coarse)
         places = self.classify(self.head, coarse)
         if not self.lesion:
@@ -269,29 +276,44 @@ class Reading(NamedTuple):
     places: np.ndarray = None  # (n, h', w'), 0 to 1, of that class against normal, per place
 
 
-def predict(model, dataset, batch_size=8, dtype=torch.float32, progress=None, maps=False):
-    """Return the Reading of a dataset, in evaluation mode; Grad-CAM and places if `maps`."""
-    device, kept, parts = next(model.parameters()).device, {}, []
+KEPT = 2**29  # bytes of frozen features that are kept at most
+
+
+def predict(
+    model, dataset, batch_size=8, dtype=torch.float32, progress=None, maps=False, kept=None
+):
+    """Return the Reading of a dataset, in evaluation mode; Grad-CAM and places if `maps`.
+
+    A list `kept` takes the frozen features of the films, up to KEPT bytes; called with it again,
+    they are not computed again. Without `maps` only.
+    """
+    device, caught, parts = next(model.parameters()).device, {}, []
     stage = model.backbone.layer3 if model.lesion else model.backbone.layer4
 
     def keep(module, inputs, output):
-        kept["stage"] = output.detach().requires_grad_()
-        return kept["stage"]
+        caught["stage"] = output.detach().requires_grad_()
+        return caught["stage"]
 
     model.eval()
     # of larger films fewer at once, for they take as much memory as those of 512 x 288
     pixels = math.prod(dataset.films.shape[1:]) / dataset.reduce**2
     fewer = math.ceil(batch_size * min(1, 512 * 288 / pixels))
+    known = bool(kept)
     with stage.register_forward_hook(keep), torch.set_grad_enabled(maps):
-        for films, _, _ in data.batches(dataset, fewer):
-            films = films.to(device).float() / 255
+        for part in kept if known else (films for films, _, _ in data.batches(dataset, fewer)):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                each, places = model(torch.cat([films, films.flip(2)]))
+                if not known:
+                    films = part.to(device).float() / 255
+                    part = model.frozen_features(torch.cat([films, films.flip(2)]))
+                each, places = model(None, part)
+            if kept is not None and not known and model.frozen:
+                total = part.nbytes * 2 * len(dataset) / len(part)
+                kept += [part] if total <= KEPT else []
             logits = torch.stack(each.float().chunk(2)).mean(0)
-            heat = heat_maps(logits, places.detach().float(), kept["stage"]) if maps else []
+            heat = heat_maps(logits, places.detach().float(), caught["stage"]) if maps else []
             parts.append([logits.detach().cpu(), *heat])
             if progress:
-                progress.step(len(films))
+                progress.step(len(part) // 2)
     logits, *heat = zip(*parts)
     return Reading(torch.cat(logits), *(torch.cat(part).numpy() for part in heat))
 

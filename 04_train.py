@@ -332,7 +332,8 @@ def validate(state):
     for buffer in state.average.buffers() if state.count > 1 else ():
         torch.distributed.broadcast(buffer, 0)  # batch-norm statistics are each process's own
     dtype = precision_of(state.model, state.settings)
-    read = network.predict(state.average.module, share, state.settings.batch_size, dtype).logits
+    part = state.average.module, share, state.settings.batch_size, dtype
+    read = network.predict(*part, kept=state.kept).logits
     logits = torch.empty(len(films), len(CLASS_NAMES))
     for number, part in enumerate(common.collect(read) if state.count > 1 else [read]):
         logits[number :: state.count] = part
@@ -359,7 +360,7 @@ class FoldState:
     """A fold in training with one look; `rank` of `count` processes that train it together.
 
     `waits` has WAITS; `films` are the training and the validation films, `parts` what
-    `network_and_optimizer` returns.
+    `network_and_optimizer` returns; `saved` is the epoch of last.pt, `kept` for `network.predict`.
     """
 
     PARTS = ("model", "average", "optimizer", "scheduler")  # what has a state dict
@@ -367,7 +368,7 @@ class FoldState:
     def __init__(self, fold, look, settings, waits, films, parts, rank=0, count=1):
         self.fold, self.look, self.settings, self.waits = fold, look, settings, waits
         self.rank, self.count, self.seen_before = rank, count, {}
-        self.name, self.saved = common.fold_name(fold, look), 0  # the epoch of last.pt
+        self.name, self.saved, self.kept = common.fold_name(fold, look), 0, []
         self.train_films, self.validation_films = (seen_by(look, part) for part in films)
         self.model, self.optimizer, self.scheduler = parts
         self.scheduler.optimizer = self.optimizer  # one put in the place of ours, too

@@ -429,6 +429,30 @@ def test_logits_and_maps_have_the_promised_shapes_at_any_size(recipe, place):
         assert maps.shape == (2, 3, math.ceil(height / place), math.ceil(width / place))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [0, 3, 5])
+def test_frozen_features_of_validation_films_are_computed_once_and_say_the_same(
+    frozen, dtype, monkeypatch
+):
+    torch.manual_seed(1)
+    model, _ = network.build_model("none", freeze=frozen)
+    films = np.random.default_rng(0).integers(0, 256, (7, 64, 32), np.uint8)
+    dataset, calls, kept = data.MammogramDataset.of_canvases(films), [], []
+    model.backbone.conv1.register_forward_hook(lambda *_: calls.append(1))
+    wanted = network.predict(model, dataset, 3, dtype).logits
+    for _ in range(3):
+        assert network.predict(model, dataset, 3, dtype, kept=kept).logits.equal(wanted)
+    assert len(kept) == (3 if frozen else 0) and len(calls) == (6 if frozen else 12)
+    torch.nn.init.normal_(model.head.weight)  # what is not frozen may learn in between
+    again = network.predict(model, dataset, 3, dtype).logits
+    assert network.predict(model, dataset, 3, dtype, kept=kept).logits.equal(again)
+    assert not again.equal(wanted)
+    monkeypatch.setattr(network, "KEPT", 1000)
+    kept = []
+    network.predict(model, dataset, 3, dtype, kept=kept)
+    assert not kept
+
+
 # ---------------------------------------------------------------------- step 3: probabilities
 
 
