@@ -937,7 +937,8 @@ def bits_of_set(paths):
     def count(path):
         """Count a film's pixels by their bits, if they are more than 8."""
         # a broken or a huge one is named when it is placed
-        with contextlib.suppress(Exception):
+        broken = (OSError, ValueError, SyntaxError, UserError, Image.DecompressionBombError)
+        with contextlib.suppress(*broken):
             with Image.open(path) as image:
                 deep = image.mode.startswith(("I", "F")) or ";16" in str(image.tile)
             if deep or 8 not in shallow:  # the first film of 8 bits mostly tells
@@ -1154,14 +1155,10 @@ def find_films(settings):
     own = settings.labels or in_class_folders(files, settings.classes)
     if source == "auto":
         source = "own" if own else "mias"
-    given = [
-        n for n in ("labels", "findings", "patient-from") if vars(settings)[n.replace("-", "_")]
-    ]
-    hint = "films of your own need --images and --labels, or a folder for each class"
-    refuse(
-        given if source in ("mias", "phantom") else (),
-        f"{hint}; with --source {source} there can be no",
-    )
+    given = [name for name in ("labels", "findings", "patient_from") if getattr(settings, name)]
+    if given and source in ("mias", "phantom"):
+        hint = "films of your own need --images and --labels, or a folder for each class"
+        refuse(given, f"{hint}; with --source {source} there can be no")
     if source == "phantom":
         folder = phantom_films(settings)
     elif source == "own" and not own:
