@@ -348,7 +348,7 @@ print(f"{title}, {part['radius'].isna().sum()} have none in the database")
 shown = used_labels.groupby("label").sample(frac=1, random_state=0).groupby("label").head(7)
 rows = dict(zip(films["image"], films.index))  # of the canvases
 shown = dict(zip(shown["image"], shown["label_name"]))
-pictures = [(f"{name} {shown[name]}", canvases[rows[name]]) for name in shown]
+pictures = [(f"{name}\n{shown[name]}", canvases[rows[name]]) for name in shown]
 title = f"{source}: films on the canvas; circles blue benign, orange malignant"
 figure, axes = common.draw_films(pictures, title, rows=len(set(shown.values())), size=(9, 7.5))
 for axis, name in zip(axes, shown):

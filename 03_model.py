@@ -299,8 +299,9 @@ def predict(
     pixels = math.prod(dataset.films.shape[1:]) / dataset.reduce**2
     fewer = math.ceil(batch_size * min(1, 512 * 288 / pixels))
     known = bool(kept)
+    read = (films for films, _, _ in data.batches(dataset, fewer))  # draws a number for dropout
     with stage.register_forward_hook(keep), torch.set_grad_enabled(maps):
-        for part in kept if known else (films for films, _, _ in data.batches(dataset, fewer)):
+        for part in kept if known else read:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 if not known:
                     films = part.to(device).float() / 255

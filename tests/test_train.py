@@ -144,7 +144,10 @@ def break_in(monkeypatch, owner, name, call, error=KeyboardInterrupt):
 
 def answer_alike(monkeypatch):
     """Let all networks say the same of all films: no epoch is better than the first."""
-    same = lambda model, films, *rest: network.Reading(torch.zeros(len(films), 3))  # noqa: E731
+
+    def same(model, films, *rest, kept=None):
+        return network.Reading(torch.zeros(len(films), 3))
+
     monkeypatch.setattr(network, "predict", same)
 
 
@@ -298,14 +301,14 @@ def test_a_share_of_the_training_patients_changes_nothing_of_the_other_parts(tin
 
 
 def test_both_looks_cost_the_same_in_training_and_resume_bit_for_bit(tiny, monkeypatch):
-    shapes, forward = [], network.MammogramNet.forward
+    shapes, read = [], network.MammogramNet.frozen_features
     monkeypatch.setattr(data, "ROWS", 32)
 
     def noting(self, films):
         shapes.append((self.training, tuple(films.shape[2:])))
-        return forward(self, films)
+        return read(self, films)
 
-    monkeypatch.setattr(network.MammogramNet, "forward", noting)
+    monkeypatch.setattr(network.MammogramNet, "frozen_features", noting)
     both = train(run="both", epochs=2)
     # windows are read whole; a window is looked at before training only where it is the first look
     assert set(shapes) == {(True, (32, 32)), (False, (32, 32)), (False, (64, 64))}
@@ -724,7 +727,7 @@ def test_run_that_could_not_begin_does_not_take_its_name(tiny):
 def test_loss_that_is_not_finite_stops_with_its_films_named_and_the_state_kept(tiny, monkeypatch):
     whole, calls = network.predict, []
 
-    def predict(*args):  # before training, and at the end of the first epoch
+    def predict(*args, kept=None):  # before training, and at the end of the first epoch
         poisoned = lambda films, a, b, c, maps, *windows: (films * np.nan, maps)  # noqa: E731
         calls.append(monkeypatch.setattr(data, "augment", poisoned) if calls else "untrained")
         return whole(*args)
@@ -742,7 +745,7 @@ def test_loss_that_is_not_finite_stops_with_its_films_named_and_the_state_kept(t
 def test_state_with_a_validation_loss_that_is_not_finite_is_never_saved(tiny, monkeypatch):
     whole, factors = network.predict, [1, 1, np.nan]  # before training, and after each epoch
 
-    def predict(*args):
+    def predict(*args, kept=None):
         return whole(*args)._replace(logits=whole(*args).logits * factors.pop(0))
 
     monkeypatch.setattr(network, "predict", predict)
