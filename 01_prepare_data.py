@@ -202,7 +202,7 @@ canvases = common.scratch_array((len(paths), *size), common.data_dir(source))
 def place(item):
     """Fill the canvas of a number and {image: path}; return its row of films.csv."""
     number, (image, path) = item
-    canvases[number], row, _ = common.prepare_film(path, sides[image], size, **options)
+    canvases[number], row = common.prepare_film(path, sides[image], size, **options)
     return {"image": image, **row}
 
 

@@ -411,7 +411,7 @@ def place_own_films(paths, settings, record):
 
     def place(item):
         number, path, side = item
-        canvases[number], row, _ = common.prepare_film(path, side, size, crop, bits)
+        canvases[number], row = common.prepare_film(path, side, size, crop, bits)
         return {"image": str(path), **row, "bits": bits}
 
     items = [*zip(range(len(paths)), paths, sides_of_own(paths, settings))]

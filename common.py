@@ -649,9 +649,9 @@ def read_film(path, bits=None, notes=None):
         If the file is missing, no film, cut short, or cannot be read without a loss.
     """
     path = Path(path).expanduser()
-    said = [] if notes is None else notes
+    said, dicom = [] if notes is None else notes, is_dicom(path)
     try:
-        pixels, depth = (read_dicom if is_dicom(path) else read_image)(path, said)
+        pixels, depth = (read_dicom if dicom else read_image)(path, said)
     except FileNotFoundError:
         raise UserError(f"{path} is not there; check the name and the folder") from None
     except UnidentifiedImageError:
@@ -662,7 +662,7 @@ def read_film(path, bits=None, notes=None):
         if isinstance(error, (PermissionError, IsADirectoryError)):
             raise
         raise UserError(f"{path} cannot be decoded ({error}); copy it from the source") from None
-    pixels = as_positive(pixels, said, stated=is_dicom(path))
+    pixels = as_positive(pixels, said, stated=dicom)
     used = bits_in_use(bit_lengths(pixels))
     if depth == 8 and used <= (bits or 8) < 8:
         depth = bits
@@ -761,9 +761,7 @@ def as_positive(pixels, said, stated=False):
     low, high = np.quantile(sample, (0.001, 0.999))
     coarse = ((sample - low) * (255 / max(high - low, 1e-9))).clip(0, 255).astype(np.uint8)
     ends = (coarse <= 5) | (coarse >= 250)
-    border = np.ones_like(ends)
-    border[1:-1, 1:-1] = False
-    ground = connected(border & ends, ends)
+    ground = joined_to_border(ends)
     tissue = np.pad(~ground, 4)  # means of it are 255 where a whole square is tissue
     near, inside = (filtered(tissue, ImageFilter.BoxBlur(n))[4:-4, 4:-4] == 255 for n in (1, 4))
     skin = near & ~inside
@@ -921,8 +919,7 @@ def read_dicom(path, said):
         ends = [tag.value & white for tag in film[0x280120:0x280122] if tag.value is not None]
         if ends and shown[ends].any():
             padded = (stored.clip(min(stored[ends]), max(stored[ends])) == stored)[patterns]
-            rim = np.pad(np.zeros(np.subtract(padded.shape, 2), bool), 1, constant_values=True)
-            pixels[connected(rim & padded, padded)] = 0
+            pixels[joined_to_border(padded)] = 0
     return pixels, 16
 
 
@@ -1546,8 +1543,7 @@ def films_of_breasts(table, files, path):
     if headers.empty:
         what = "has no column image, and no film is a DICOM file that names its patient and side"
         raise UserError(f"{path} {what}; add the column image, the name of each film")
-    headers = headers.rename_axis("image").reset_index()
-    return headers.merge(table, on=["patient", "laterality"])
+    return headers.rename_axis("image").reset_index().merge(table, on=["patient", "laterality"])
 
 
 def one_row_a_film(table, path):
@@ -1783,6 +1779,13 @@ def connected(seed, mask):
     return seed
 
 
+def joined_to_border(mask):
+    """Return the pixels of a bool mask that are joined to the outermost ones."""
+    border = np.ones_like(mask)
+    border[1:-1, 1:-1] = False
+    return connected(border & mask, mask)
+
+
 def filtered(mask, pixel_filter):
     """Return a bool mask as PIL's filter leaves it, uint8 0 to 255."""
     return np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).filter(pixel_filter))
@@ -1992,11 +1995,11 @@ def unlike(statistics, usual):
 
 
 def prepare_film(path, laterality, size, crop="breast", bits=None, shape=None):
-    """Read a film and place it; return its canvas, its row of films.csv, and the film.
+    """Read a film and place it; return its canvas and its row of films.csv.
 
     `problem` says why a film cannot be used, one of another `shape` too; `note` says what is odd.
     """
-    row, notes, film = {"file": str(path.resolve()), "digest": "", "problem": ""}, [], None
+    row, notes = {"file": str(path.resolve()), "digest": "", "problem": ""}, []
     try:
         film = read_film(path, bits, notes)
         row["digest"] = hashlib.sha256(np.ascontiguousarray(film)).hexdigest()[:16]
@@ -2006,11 +2009,11 @@ def prepare_film(path, laterality, size, crop="breast", bits=None, shape=None):
         notes += oddities(film, laterality) if crop == "breast" else []
         canvas, geometry, _ = place_film(film, laterality, size, crop)
         row.update(geometry._asdict(), bits=bits or 8, **film_statistics(film, canvas))
-        return canvas, {**row, "note": "; ".join(notes)}, film
+        return canvas, {**row, "note": "; ".join(notes)}
     except (UserError, ValueError, OSError) as error:
         problem = explain(error) if isinstance(error, OSError) else str(error)
         row["problem"] = problem.replace(str(path), "the file")  # alike for all: one line
-        return np.zeros(size, np.uint8), {**row, "note": ""}, film
+        return np.zeros(size, np.uint8), {**row, "note": ""}
 
 
 def scratch_array(shape, folder):
