@@ -22,7 +22,6 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models import ResNet18_Weights, resnet18
 
 import common
 from common import BENIGN, CLASS_NAMES, MALIGNANT, NORMAL, UserError
@@ -81,6 +80,8 @@ class MammogramNet(nn.Module):
     STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
     def __init__(self, recipe="lesion", dropout=0.2):
+        from torchvision.models import resnet18  # more than a second to import
+
         super().__init__()
         self.lesion, self.frozen, self.keep_statistics = recipe == "lesion", 0, False
         self.backbone = resnet18(weights=None)
@@ -215,6 +216,8 @@ def load_weights(weights, fold=0):
         return Weights(None, "none (random start)")
     if weights not in ("auto", "imagenet"):
         return read_weights(weights, fold)
+    from torchvision.models import ResNet18_Weights
+
     chosen = ResNet18_Weights.IMAGENET1K_V1
     cached = Path(torch.hub.get_dir()) / "checkpoints" / chosen.url.rsplit("/", 1)[-1]
     try:

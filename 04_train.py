@@ -27,10 +27,8 @@ sys.path.insert(0, str(Path(globals().get("__file__", "cell")).resolve().parent)
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.ticker import MaxNLocator
-from sklearn.metrics import accuracy_score, f1_score, recall_score
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -298,6 +296,9 @@ print(f"a batch {tuple(batch[0].shape)} before training: loss {rows[0].item():.3
 # Films are judged beside the other breast, as they are in the end: that one's weight and the
 # temperature are fitted on the validation films, and their loss with these chooses the epoch. It
 # judges how well films are ranked, not how loud the logits are.
+from sklearn.metrics import accuracy_score, f1_score, recall_score
+
+
 def prior_of(labels, balance):
     """Return how frequent the classes are, float32 (3,); alike if training saw them as they are."""
     counts = torch.bincount(labels, minlength=3).clamp(min=0.5)
@@ -587,6 +588,9 @@ print(f"run {run_folder.name}: {run_folder}\nNext: python {title} --run {run_fol
 # Compare shapes, not heights: the training loss adds the circles' loss and label smoothing, on
 # balanced batches. A validation loss that rises while the training loss falls is overfitting: with
 # some thirty malignant films to learn from, that comes soon.
+import seaborn as sns
+
+
 def draw_history(history):
     """Draw three panels of history.csv; return the figure."""
     figure, axes = plt.subplots(1, 3, figsize=(10, 5), layout="constrained")

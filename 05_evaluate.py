@@ -27,8 +27,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from sklearn import metrics as sk
-from sklearn.calibration import CalibrationDisplay
 
 import common
 from common import BENIGN, CLASS_NAMES, MALIGNANT, NORMAL, UserError
@@ -81,6 +79,9 @@ common.table(pd.DataFrame(rows, index=["from", "to"]).T.round(3), "95 % interval
 # AUC asks how films are ranked, recall and precision what they are called. 2,000 calls of a library
 # would take minutes, so all rows of weights are computed at once, each film counting as often as a
 # row says. One curve, true and false positives at every distinct score, serves all that ranks.
+from sklearn import metrics as sk
+
+
 def weighted_curve(scores, positive, weights):
     """Return weighted true and false positives, two float arrays (rows, 1 + distinct scores).
 
@@ -637,6 +638,9 @@ common.show(figure, judged_run / "figures" / "roc.png", scope)
 # Of films whose highest probability is 0.7, seven in ten should be right. Before: logits as
 # trained, twice a film's own minus the other breast's. After: with that one's fitted weight, class
 # frequencies and temperature (Guo et al., ICML 2017).
+from sklearn.calibration import CalibrationDisplay
+
+
 def calibration_errors(probabilities, labels, bins=10):
     """Return the multi-class Brier score and the expected calibration error (Guo et al., 2017).
 

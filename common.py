@@ -45,9 +45,6 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageFilter, ImageOps, ImageSequence, UnidentifiedImageError
-from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import StratifiedKFold
-from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
 # %% Names and folders
@@ -2046,6 +2043,8 @@ def deal_patients(labels, parts, seed, fewest):
     `labels` has patient and label; the order of its rows does not count. UserError if a class has
     fewer patients than `fewest`.
     """
+    from sklearn.model_selection import StratifiedKFold  # most of a second to import
+
     # sorted by name, a row each; StratifiedGroupKFold deals otherwise from scikit-learn 1.8 on
     worse = worst(labels["label"], labels["patient"]).groupby(labels["patient"]).first()
     counts = worse.value_counts()
@@ -2076,6 +2075,8 @@ def near_copies(canvases, films, labels):
     are thumbnails of 32 x 18 px, of mean 0 and length 1: films of different patients of MIAS lie
     0.148 or more apart, a film and its copy as JPEG, or a little brighter, 0.04 or less.
     """
+    from sklearn.neighbors import NearestNeighbors
+
     patient = films["image"].map(labels.set_index("image")["patient"]).dropna()
     small = [Image.fromarray(canvases[n]).resize((18, 32), Image.BOX) for n in patient.index]
     small = np.stack([np.asarray(film, np.float32).ravel() for film in small])
@@ -2098,6 +2099,9 @@ def find_shortcuts(plain, labels):
     nearest guess each film's class, the same values before all others. Patients weigh alike, and
     the error is that of chance with as many of them (Mann and Whitney, 1947).
     """
+    from sklearn.metrics import roc_auc_score
+    from sklearn.neighbors import NearestNeighbors
+
     label, rows = labels["label"], []
     asked = pd.DataFrame({"malignant": label == MALIGNANT, "abnormal": label != NORMAL})
     asked["malignant, not benign"] = asked["malignant"].where(asked["abnormal"])

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import scripts
 import torch
+from torchvision.models.resnet import BasicBlock, ResNet
 
 PROJECT = scripts.PROJECT
 sys.path.insert(0, str(PROJECT))
@@ -32,6 +33,11 @@ def pytest_collection_modifyitems(items):
     """Begin with the files that take longest, so that both workers end together."""
     longest = ["test_cells.py", "test_train.py", "test_prepare.py", "test_benchmarks.py"]
     items.sort(key=lambda item: (*longest, item.path.name).index(item.path.name))
+
+
+def small_network(patch):
+    """Let networks have half of the depth of a ResNet18, for speed."""
+    patch.setattr("torchvision.models.resnet18", lambda weights=None: ResNet(BasicBlock, [1] * 4))
 
 
 def flags(**settings):

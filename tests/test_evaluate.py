@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,7 +24,6 @@ from PIL import Image
 from sklearn import metrics as sk
 from torch.nn import functional as F
 from torchvision.models import ResNet18_Weights
-from torchvision.models.resnet import BasicBlock, ResNet
 
 import common
 from common import BENIGN, CLASS_NAMES, MALIGNANT, NORMAL, UserError
@@ -680,7 +680,7 @@ def test_runs_on_films_and_patients_called_001_and_na_can_be_compared(home):
 
 
 def test_one_fold_without_malignant_films_is_evaluated_and_recorded_as_json(run, home, monkeypatch):
-    monkeypatch.setattr(network, "resnet18", lambda weights=None: ResNet(BasicBlock, [1] * 4))
+    conftest.small_network(monkeypatch)
     labels = run.prepared.labels[["image", "patient", "label"]]
     names = labels["label"].replace({MALIGNANT: BENIGN}).map(dict(enumerate(common.CLASS_NAMES)))
     common.write_csv(labels.assign(label=names), home / "mine.csv")
@@ -702,7 +702,7 @@ def test_another_head_is_one_place_in_step_3_and_every_later_step_runs(run, home
         layers = torch.nn.Linear(features, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3)
         return torch.nn.Sequential(*layers)
 
-    monkeypatch.setattr(network, "resnet18", lambda weights=None: ResNet(BasicBlock, [1] * 4))
+    conftest.small_network(monkeypatch)
     monkeypatch.setattr(network, "new_head", new_head)
     monkeypatch.setattr(common, "show", lambda figure, path=None, title="": step.plt.close(figure))
     shutil.copytree(run.prepared.folder.parent, home / "data")

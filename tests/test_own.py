@@ -92,7 +92,7 @@ def test_1_a_second_column_that_names_the_class_may_not_contradict(home):
 
 
 def test_1_two_classes_are_enough_and_the_third_is_said_to_be_absent(home, monkeypatch, capsys):
-    monkeypatch.setattr(network, "resnet18", lambda weights=None: ResNet(BasicBlock, [1] * 4))
+    conftest.small_network(monkeypatch)
     rows = [f"f{n:02d}.png,{n % 2},p{n}" for n in range(12)]
     choice = saved(home, many(), rows=rows)
     run_main("01_prepare_data.py", **choice, classes="0=normal,1=malignant")
@@ -868,7 +868,7 @@ def test_18_a_table_that_contradicts_the_headers_is_named(home, capsys):
 @pytest.fixture
 def small(monkeypatch):
     """Let the network be a small one."""
-    monkeypatch.setattr(network, "resnet18", lambda weights=None: ResNet(BasicBlock, [1] * 4))
+    conftest.small_network(monkeypatch)
     monkeypatch.setattr(
         common, "show", lambda figure, path=None, title="": training.plt.close(figure)
     )

@@ -1,7 +1,6 @@
 """What the project promises as a whole: its folder, its syntax, its cells and its commands."""
 
 import ast
-import importlib
 import io
 import os
 import re
@@ -13,6 +12,7 @@ import tarfile
 import time
 import tokenize
 
+import conftest
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
@@ -22,7 +22,6 @@ from kernels import split_cells
 from PIL import Image
 from test_cells import environment
 from test_torchrun import LAUNCHED
-from torchvision.models.resnet import BasicBlock, ResNet
 
 import common
 
@@ -199,9 +198,8 @@ LEFT = {"--image": "runs/*/own-films/predictions.csv", "--compare": ""}
 
 def call(script, *arguments):
     """Run a script in this process as the shell would, with a small network and no figures."""
-    network = importlib.import_module("03_model")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(network, "resnet18", lambda weights=None: ResNet(BasicBlock, [1] * 4))
+        conftest.small_network(patch)
         patch.setattr(common, "show", lambda figure, path=None, title="": plt.close(figure))
         scripts.run(PROJECT / script, *arguments)
 

@@ -16,7 +16,6 @@ import scripts
 import torch
 from conftest import flags, run_main
 from test_train import differences, history, load
-from torchvision.models.resnet import BasicBlock, ResNet
 
 import common
 from common import UserError
@@ -37,9 +36,10 @@ TEAM = """
 import importlib, json, os, runpy, sys
 project, home, plan = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 sys.path.insert(0, project)
+import torchvision
 from torchvision.models.resnet import BasicBlock, ResNet
 data, network = (importlib.import_module(name) for name in ("02_dataset", "03_model"))
-network.resnet18 = lambda weights=None: ResNet(BasicBlock, [1] * 4)
+torchvision.models.resnet18 = lambda weights=None: ResNet(BasicBlock, [1] * 4)
 whole, number = data.batches, 0
 
 def note(batch):
@@ -69,7 +69,7 @@ def team(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BCD_DATA_DIR", str(home / "data"))
         patch.setenv("BCD_RUNS_DIR", str(home / "runs"))
-        patch.setattr(network, "resnet18", lambda weights=None: ResNet(BasicBlock, [1] * 4))
+        conftest.small_network(patch)
         patch.setattr(common, "show", lambda figure, path=None, title="": plt.close(figure))
         small = {"patients": 20, "phantom_size": 128, "size": "64x64", "folds": 4}
         prepared = conftest.prepare_data(source="phantom", **small)

@@ -22,7 +22,6 @@ import scripts
 import torch
 from sklearn import metrics as sk
 from torch import nn
-from torchvision.models.resnet import BasicBlock, ResNet
 
 import common
 from common import UserError
@@ -53,7 +52,7 @@ def tiny_once(tmp_path_factory):
 @pytest.fixture
 def tiny(home, tiny_once, monkeypatch):
     """Return prepared films, and let steps train a ResNet of half the depth (for speed)."""
-    monkeypatch.setattr(network, "resnet18", lambda weights=None: ResNet(BasicBlock, [1] * 4))
+    conftest.small_network(monkeypatch)
     monkeypatch.setattr(common, "show", lambda figure, path=None, title="": plt.close(figure))
     shutil.copytree(tiny_once, home / "data")
     yield common.load_prepared("phantom")
@@ -523,10 +522,11 @@ sys.path.insert(0, sys.argv[1])
 import matplotlib.pyplot as plt
 import torch
 torch.set_num_threads(1)
+import seaborn, sklearn.metrics, sklearn.model_selection, sklearn.utils.class_weight, torchvision
 from torchvision.models.resnet import BasicBlock, ResNet
 import common  # all that is slow is imported before forking
 data, network = (importlib.import_module(name) for name in ("02_dataset", "03_model"))
-network.resnet18 = lambda weights: ResNet(BasicBlock, [1, 1, 1, 1])
+torchvision.models.resnet18 = lambda weights: ResNet(BasicBlock, [1, 1, 1, 1])
 common.show = lambda figure, path=None, title="": plt.close(figure)
 runs, quick = common.runs_dir(), json.loads(sys.argv[2])
 counts = dict(kills=0, resumes=0, in_writes=0, finished=0, failed=0, lives=0)
@@ -567,7 +567,8 @@ start = time.time()
 life("whole", 1e9, False)
 span, number = time.time() - start, 0
 random.seed(0)
-while counts["kills"] < 10 and time.time() - start < 200:
+wanted = dict(kills=10, resumes=5, in_writes=2)
+while any(counts[n] < least for n, least in wanted.items()) and time.time() - start < 200:
     name = f"killed-{counts['finished']}"
     counts["finished"] += life(name, random.uniform(0.1, 0.7) * span, counts["lives"] % 2 == 0)
 name = f"killed-{counts['finished']}"
@@ -645,7 +646,7 @@ def test_a_value_that_no_flag_would_take_is_refused_where_it_is_typed(name, valu
 def test_resume_with_other_weights_than_the_run_began_with_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(network, "load_weights", lambda *given: network.Weights(None, "none"))
     train(run="old", weights="auto", freeze=-1)
-    state = {k: v for k, v in network.resnet18().state_dict().items() if k[:3] != "fc."}
+    state = network.MammogramNet().backbone.state_dict()
     monkeypatch.setattr(network, "load_weights", lambda *given: network.Weights(state, "ImageNet"))
     with pytest.raises(UserError, match="none.*ImageNet"):
         go_on(run="old", epochs=2)
