@@ -57,9 +57,8 @@ class Settings(data.Settings, network.Settings, common.RunSettings):
     balance: Literal["sampler", "loss", "none"] = "sampler"  # how rare classes count: never both
     shuffle_labels: bool = False  # leak test: labels permuted between patients; expect chance
     epochs: int = 0  # at most; 0: 10, 20 from a random start; of windows 1.6 times, as patience too
-    lr: float = 1e-3  # rate of the new head, AdamW
+    lr: float = 1e-3  # rate of the new head, Adam
     backbone_lr: float = 1e-4  # rate of the pretrained stages; a random start takes `lr` for both
-    weight_decay: float = 1e-4  # decoupled (AdamW)
     label_smoothing: float = 0.1  # share of the target spread over the classes
     lesion_weight: float = 1.0  # weight of the circles' loss beside the films'; recipe lesion only
     looks: Tuple[str, ...] = ("auto",)  # whole, window or both, a network each; auto: by the canvas
@@ -143,7 +142,7 @@ def network_and_optimizer(settings, weights, lr_patience):
     slower = settings.lr if weights.state is None else settings.backbone_lr
     groups = [{"params": head, "lr": settings.lr}, {"params": backbone, "lr": slower}]
     fused = device.type in ("cpu", "cuda")  # one pass over the weights in place of many
-    optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=fused)
+    optimizer = torch.optim.Adam(groups, fused=fused)
     return model, optimizer, ReduceLROnPlateau(optimizer, factor=0.5, patience=int(lr_patience) - 1)
 
 

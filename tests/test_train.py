@@ -443,14 +443,14 @@ def test_training_cell_that_was_stopped_goes_on_where_it_was(console, monkeypatc
 
 
 def test_settings_that_changed_since_the_network_was_made_are_refused_in_one_message(console):
-    console["settings"].weight_decay, console["settings"].seed = 0.5, 1
-    said = "'The films of the first fold' on again, .*changed are: seed, weight_decay$"
+    console["settings"].lr, console["settings"].seed = 0.002, 1
+    said = "'The films of the first fold' on again, .*changed are: seed, lr, backbone_lr$"
     with pytest.raises(UserError, match=said):
         run_cells(console, "Train")
     assert not list(common.runs_dir().glob("*/*"))
     run_cells(console, "The films of the first fold")
     groups = load(console["run_folder"], "last.pt")["optimizer"]["param_groups"]
-    assert {group["weight_decay"] for group in groups} == {0.5}
+    assert {group["lr"] for group in groups} == {0.002}
     console["optimizer"] = torch.optim.SGD(console["model"].parameters(), lr=0.1)
     run_cells(console, "Train")  # the model is still as it began
     assert console["history"]["lr"].tolist() == [0.1]
