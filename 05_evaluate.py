@@ -204,15 +204,7 @@ common.table(rows.round(2), "films of a patient doubled: resampled films claim t
 
 # %% Compare runs: settings.compare = ("RUN1", "RUN2"), or more that repeat one another
 # The interval of a difference, over the same resampled patients, is much narrower than two
-# intervals side by side. McNemar's test asks of the films that only one of two runs got right
-# whether that could be a coin's work; it takes films for independent, so that its p is a little too
-# small where both breasts are alike.
-def mcnemar(b, c):
-    """Return the exact two-sided p value of b against c discordant films (McNemar 1947)."""
-    tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1)) / 2 ** (b + c)
-    return min(1.0, 2 * tail)
-
-
+# intervals side by side. Does it hold 0, the difference may be chance.
 def compare_runs(names, resamples, seed):
     """Put evaluated runs side by side, film by film, over the same resampled patients.
 
@@ -221,9 +213,6 @@ def compare_runs(names, resamples, seed):
     comparison : DataFrame
         A row per metric: each run's value, then the difference (second minus first) of two runs, or
         the mean of more, with its 95 % interval.
-    discordant : tuple or None
-        Films that only the first and only the second got right, and McNemar's exact p value; of
-        two runs only.
     """
     if len(names) < 2:
         raise UserError(f"--compare takes two runs or more, found {len(names)}")
@@ -246,21 +235,13 @@ def compare_runs(names, resamples, seed):
     comparison = pd.DataFrame({name: v.iloc[0] for name, v in zip(names, values)})
     comparison["difference" if two else "mean"] = last["value"]
     comparison = comparison.assign(low=last["low"], high=last["high"])
-    comparison = comparison.dropna(how="all")  # of classes that the films have not
-    if not two:
-        return comparison, None
-    right = [(table["label"] == table["predicted"]).to_numpy() for table in tables]
-    only = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
-    return comparison, (*only, mcnemar(*only))
+    return comparison.dropna(how="all")  # of classes that the films have not
 
 
 if settings.compare:
-    comparison, discordant = compare_runs(settings.compare, settings.resamples, settings.seed)
+    comparison = compare_runs(settings.compare, settings.resamples, settings.seed)
     title = f"over the same patients, 95 % intervals of the {comparison.columns[-3]}"
     common.table(comparison.round(3), title)
-    if discordant:
-        title = "right only in the first {}, only in the second {} films; McNemar p = {:.3f}"
-        print(title.format(*discordant))
     rows = [common.record_in(common.runs_dir(name)) for name in settings.compare]
     for name in sorted({row["note"] for row in rows} - {""}):
         common.warn(f"compared on edited data: {name}")
@@ -520,6 +501,9 @@ def predict_run(folds, prepared, record, settings):
     labels = data.shuffled_labels(prepared.labels, record["seed"]) if shuffled else None
     dtype = common.choose_precision(settings.precision, common.choose_device(settings.device))
     parts = [np.flatnonzero(prepared.splits["fold"] == fold.number) for fold in folds]
+    if not any(map(len, parts)):
+        what = f"run {record['run']} was trained with --fold none: no film is left to judge it on"
+        raise UserError(f"{what}; begin another one with it, --weights RUN, or read an --image")
     progress = common.Progress(len(folds[0].models) * sum(map(len, parts)), "predicting")
     tables, readings = [], []
     for fold, rows in zip(folds, parts):
