@@ -34,7 +34,7 @@ class Settings(common.BatchSettings):
 
     script = "02_dataset.py"
     source: str = "auto"  # mias, phantom, own; auto: what was prepared last
-    fold: str = "0"  # the fold that is the test set; in step 4 also several (0,2) or all
+    fold: str = "0"  # the fold that is the test set; in step 4 also several (0,2), all or none
     validation: float = 0.2  # share of the other patients: 1/2, 1/3, 1/4, 1/5 ... is nearest
     train_share: float = 1.0  # of the training patients, 1, 1/2, 1/3 ...: for a learning curve
     augment: float = 1.0  # multiplies the strengths of the augmentation; 0 switches it off
@@ -48,11 +48,16 @@ if __name__ == "__main__":
 # The fold itself is the test set, looked at once. Of the other patients a stratified share is kept
 # for validation: it chooses the epoch, the calibration and the threshold.
 def named_folds(text, splits):
-    """Return the folds that a setting such as "0", "0,2" or "all" names, a list of int."""
+    """Return the folds that a setting such as "0", "0,2" or "all" names, a list of int.
+
+    "none" is the number after the last: no film is a test film of it, all but validation train.
+    """
     text, total = str(text), splits["fold"].nunique()
+    if text == "none":
+        return [total]
     names = [str(name).strip() for name in (range(total) if text == "all" else text.split(","))]
     if not all(name.isdecimal() and int(name) < total for name in names):
-        raise UserError(f"--fold {text}: expected 0 to {total - 1}, or all")
+        raise UserError(f"--fold {text}: expected 0 to {total - 1}, all or none")
     return list(dict.fromkeys(int(name) for name in names))
 
 

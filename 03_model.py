@@ -184,13 +184,13 @@ def flat(values, name=""):
         yield from flat(value, f"{name}{key}.") if nested else [(f"{name}{key}", value)]
 
 
-def read_weights(name, fold=0):
+def read_weights(name, fold=0, look=common.LOOKS[0]):
     """Return the Weights of a file or a run.
 
     What stands before the names of resnet18 (state_dict, module, _orig_mod, net ...) is taken off;
     tensors without it, as those of a loss, are not the network's.
     """
-    path = common.weights_file(name, fold)
+    path = common.weights_file(name, fold, look)
     values, seen, label = common.read_checkpoint(path), {}, f"file {path.name}"
     if "validation" in values:  # of step 4
         if "seen" not in values:
@@ -209,13 +209,13 @@ def read_weights(name, fold=0):
     return Weights(state, label, seen)
 
 
-def load_weights(weights, fold=0):
-    """Return the Weights that the setting names; of a run, those of the fold if it has them."""
+def load_weights(weights, fold=0, look=common.LOOKS[0]):
+    """Return the Weights that the setting names; of a run, of the fold and look if it has them."""
     weights = str(weights)
     if weights == "none":
         return Weights(None, "none (random start)")
     if weights not in ("auto", "imagenet"):
-        return read_weights(weights, fold)
+        return read_weights(weights, fold, look)
     from torchvision.models import ResNet18_Weights
 
     chosen = ResNet18_Weights.IMAGENET1K_V1

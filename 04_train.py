@@ -120,9 +120,9 @@ def marks(prepared):
     return pd.DataFrame({"films": prepared.table["digest"], "patients": patients})
 
 
-def weights_for(settings, fold, prepared):
-    """Load what a fold begins with; refused if it saw a test film or patient of the fold."""
-    weights = network.load_weights(settings.weights, fold)
+def weights_for(settings, fold, look, prepared):
+    """Load what a look of a fold begins with; refused if it saw a test film or patient of it."""
+    weights = network.load_weights(settings.weights, fold, look)
     test = prepared.splits["fold"] == fold
     known = test & marks(prepared).isin(weights.seen).any(axis=1)
     what = f"--weights {settings.weights}: {weights.name} was trained or chosen on {known.sum()} of"
@@ -160,11 +160,8 @@ def described(model, weights, settings):
     return {**facts, "precision_used": str(dtype)[6:]}
 
 
-def filled_in(settings, prepared, weights):
-    """Return all settings as a dict, those filled in that were left to the kind of start.
-
-    With pretrained weights a network learns in fewer epochs, and gently below its head.
-    """
+def looks_of(settings, prepared):
+    """Return the looks to train, some of LOOKS; both by default, if most lesions have circles."""
     looks = [*settings.looks]
     large = data.reduction(prepared.films) > 1 and settings.recipe == "lesion"
     if looks == ["auto"]:
@@ -174,9 +171,17 @@ def filled_in(settings, prepared, weights):
     if not looks or not set(looks) <= set(common.LOOKS) or "window" in looks and not large:
         need = f"windows need a canvas of {2 * data.ROWS} rows or more and the recipe lesion"
         raise UserError(f"--looks {' '.join(looks)}: expected whole or window, or both; {need}")
+    return list(dict.fromkeys(looks))
+
+
+def filled_in(settings, prepared, weights):
+    """Return all settings as a dict, those filled in that were left to the kind of start.
+
+    With pretrained weights a network learns in fewer epochs, and gently below its head.
+    """
     values, pretrained = asdict(settings), weights.state is not None
     epochs = settings.epochs or (10 if pretrained else 20)
-    values.update(epochs=epochs, looks=list(dict.fromkeys(looks)))
+    values.update(epochs=epochs, looks=looks_of(settings, prepared))
     values["lr_patience"] = settings.lr_patience or max(epochs // 3, 1)
     values["patience"] = settings.patience or max(epochs // 2, 1)
     values["backbone_lr"] = settings.backbone_lr if pretrained else settings.lr
@@ -193,12 +198,13 @@ def schedule_of(values):
     return pd.DataFrame(rows, index=values["looks"], columns=WAITS)
 
 
+first_look = looks_of(settings, train_films.prepared)[0]
 with common.first_process_first():
-    weights = weights_for(settings, first_fold, train_films.prepared)
+    weights = weights_for(settings, first_fold, first_look, train_films.prepared)
 values = filled_in(settings, train_films.prepared, weights)
 schedule = schedule_of(values)
-first_look, part = schedule.index[0], schedule["lr_patience"].iloc[0]
-model, optimizer, scheduler = network_and_optimizer(settings, weights, part)
+part = settings, weights, schedule.loc[first_look, "lr_patience"]
+model, optimizer, scheduler = network_and_optimizer(*part)
 part = {**values, **{name: record[name] for name in FILMS_BY}}
 record = {**common.record_of(part, train_films.prepared), **described(model, weights, settings)}
 record.update(shares_used(train_films, validation_films, first_fold))
@@ -557,8 +563,9 @@ with common.recorded(run_folder, record, settings):
             made = trained_model, *rows
             if fold != first_fold:
                 both = fold_films(train_films.prepared, fold, settings)
-                start = weights_for(settings, fold, both[0].prepared) if weights.seen else weights
-            if (fold, look) != (first_fold, schedule.index[0]):
+            if (fold, look) != (first_fold, first_look):
+                if weights.seen:
+                    start = weights_for(settings, fold, look, both[0].prepared)
                 made = network_and_optimizer(settings, start, schedule.loc[look, "lr_patience"])
             part = (0, 1) if dealt else (rank, count)
             state = FoldState(fold, look, settings, schedule.loc[look], both, made, *part)
@@ -579,8 +586,9 @@ if best_file.is_file():
 trained_model.eval()
 if problems and rank == 0:
     raise UserError("; ".join(problems) + ". --resume goes on with these folds")
-title = "05_evaluate.py" if whole else "04_train.py --resume"
-print(f"run {run_folder.name}: {run_folder}\nNext: python {title} --run {run_folder.name}")
+title = "04_train.py --weights" if settings.fold == "none" else "05_evaluate.py --run"
+title = title if whole else "04_train.py --resume --run"
+print(f"run {run_folder.name}: {run_folder}\nNext: python {title} {run_folder.name}")
 
 
 # %% The curves of loss, accuracy, macro-F1 and malignant recall, a line a fold and look

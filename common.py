@@ -2319,22 +2319,26 @@ def read_table(path):
 # %% Runs
 
 
-def weights_file(name, fold=0):
+def weights_file(name, fold=0, look=LOOKS[0]):
     """Return the file that is meant by a path, a pattern, a run or its folder; of a run, best.pt.
 
-    That of the fold, if the run has it, since it saw no test patient of the same fold; else the
-    first. Of two looks the network of whole films, for either.
+    That of the fold, if the run has it, since it saw no test patient of the same fold; else of the
+    first. Of a fold the network of the look, if it has one.
     """
     path, *others = matching(name)
     if path.is_file() and not others:
         return path
     folder = path if path.is_dir() and not others else runs_dir(str(name))
-    found = [folder / fold_name(fold, look) / "best.pt" for look in LOOKS]
-    found = [*filter(Path.is_file, found), *sorted(folder.glob("fold-*/best.pt"))]
+    found = sorted(folder.glob("fold-*/best.pt"))
     if not found:
         expected = f"a state dict FILE, or a run in {runs_dir()} that has a fold-K/best.pt"
         raise UserError(f"{name} is not there; expected {expected}; check the name and the folder")
-    return found[0]
+
+    def unlike(path):
+        number, window, _ = path.parent.name.partition("-window")
+        return number != fold_name(fold, LOOKS[0]), number, bool(window) != (look == "window")
+
+    return min(found, key=unlike)
 
 
 def find_run(name=""):

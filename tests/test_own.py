@@ -932,6 +932,39 @@ def test_20_a_run_begins_with_another_and_a_leak_is_refused(home, small, capsys)
         run_main("04_train.py", run="leak", source="own", weights="first", fold=0, **quick)
 
 
+def test_a_database_that_is_only_learned_from_trains_all_but_validation(home, small, capsys):
+    """--fold none: both looks go on from it, each from its own, and what it saw is never tested."""
+    quick, size = {"epochs": 1, "freeze": 4}, {"size": "1024x128", "folds": 3}
+    conftest.prepare_data(source="phantom", patients=24, phantom_size=128, **size)
+    large = run_main("04_train.py", run="large", weights="none", fold="none", **quick)
+    assert "Next: python 04_train.py --weights large" in capsys.readouterr().out
+    assert {path.name for path in large.run_folder.glob("fold-*")} == {"fold-3", "fold-3-window"}
+    prepared, rows = large.prepared, [*large.train_films.rows, *large.validation_films.rows]
+    assert sorted(rows) == list(range(len(prepared.films)))
+    with pytest.raises(common.UserError, match="--fold none: no film is left.*--weights RUN"):
+        run_main("05_evaluate.py", run="large")
+    labels = [("malignant", "benign", "normal")[n % 3] for n in range(12)]
+    boxes = [f"f{n:02d},20,50,40,70" for n in range(12) if labels[n] != "normal"]
+    boxes = table(home, "\n".join(["image,x0,y0,x1,y1", *boxes]), name="boxes.csv")
+    rows = [f"f{n:02d},{label},p{n}" for n, label in enumerate(labels)]
+    prepare_data(**{**saved(home, many(), rows=rows), **size, "findings": str(boxes)})
+    quick.update(source="own", weights="large", validation=0.5)
+    begun = run_main("04_train.py", run="begun", fold=1, **quick)
+    said = capsys.readouterr().out
+    for look in common.LOOKS:
+        best = common.read_checkpoint(begun.run_folder / common.fold_name(1, look) / "best.pt")
+        assert set(best["seen"]["films"]) > set(prepared.table["digest"])
+        assert set(best["seen"]["patients"]) > set("phantom/" + prepared.labels["patient"])
+        start = common.weights_file("large", 1, look)
+        assert start.parent.name == common.fold_name(3, look) and f"weights: {start}" in said
+    # one film of the phantoms stands among the small database's, under another name
+    copy = np.asarray(Image.open(common.data_dir("phantom") / "raw" / "mdb001.pgm"))
+    prepare_data(**{**saved(home, many(**{"f03.png": copy}), rows=rows), "folds": 3})
+    film = common.load_prepared("own").splits.set_index("image").loc["f03"]
+    with pytest.raises(common.UserError, match="1 of the . test films of .* answers.*: f03$"):
+        run_main("04_train.py", run="leak", fold=film["fold"], **quick)
+
+
 # ---------------------------------------------------------------------- E. the rest
 
 
@@ -939,6 +972,7 @@ def test_21_and_22_values_typed_in_a_cell_patterns_and_folders(home, monkeypatch
     assert common.canvas_size((512, 288), "own") == common.canvas_size("512x288", "own")
     folds = pd.DataFrame({"fold": [0, 1, 2]})
     assert training.data.named_folds(1, folds) == [1]
+    assert training.data.named_folds("none", folds) == [3]
     monkeypatch.setenv("HOME", str(home))
     saved(home, {"a.png": film(), "b/c.png": film(1)})
     scans = home / "scans"

@@ -693,7 +693,7 @@ def test_runs_are_numbered_and_a_taken_name_is_only_replaced_on_request(tiny):
 def test_bad_fold_is_refused_before_anything_is_deleted(tiny, fold):
     mark = common.runs_dir("old") / "mark.txt"
     common.write_json({}, mark)
-    with pytest.raises(UserError, match="expected 0 to 2, or all"):
+    with pytest.raises(UserError, match="expected 0 to 2, all or none"):
         train(fold=fold, run="old", overwrite=True)
     assert mark.exists()
 
