@@ -3,7 +3,8 @@
 import re
 
 import pandas as pd
-from conftest import run_script
+import pytest
+from conftest import PROJECT, run_script
 
 CANNOT = ("not installed", "no native bf16", "not known on this system")  # and so it says
 
@@ -41,3 +42,17 @@ def test_a_quick_try_of_the_learning_curve_is_drawn(home):
     assert len(table) == 9 and table["value"].between(0, 1).all()
     assert re.search(r"2\d% of the training patients, n = 48", done.stdout)
     assert (home / "runs" / "learning-curve.png").stat().st_size > 10000
+
+
+def test_a_quick_try_beside_an_earlier_commit_times_whole_commands_of_both(home):
+    if not (PROJECT / ".git").exists():
+        pytest.skip("no history here")
+    words = ["--quick", "--only", "earlier", "--earlier", "HEAD", "--weights", "none"]
+    done = run_script("tests/benchmarks/benchmarks.py", *words, timeout=900)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(home / "runs" / "benchmarks.csv")
+    assert len(table) == 6 and (table["value"] > 1).all()  # a start alone takes longer
+    ratios = table["ratio"].dropna()
+    assert len(ratios) == 3 and ratios.between(1 / 3, 3).all()  # the same commit, but for changes
+    done = run_script("tests/benchmarks/benchmarks.py", *words[:4], "nowhere", timeout=900)
+    assert "not in this copy's history" in done.stdout

@@ -4,10 +4,12 @@ In:  synthetic phantoms (made in data/benchmarks), or the MIAS films that step 1
 Out: runs/benchmarks.csv and the same table on the screen; curve's picture beside it. No film or
      run of yours is touched; data/benchmarks can be deleted afterwards.
 
-    python tests/benchmarks/benchmarks.py                     everything but quality and curve
+    python tests/benchmarks/benchmarks.py                     everything but the last three
     python tests/benchmarks/benchmarks.py --only epoch bf16   some of the benchmarks
     python tests/benchmarks/benchmarks.py --only quality      what bf16 does to what is learned
     python tests/benchmarks/benchmarks.py --only curve        what more training patients do to it
+    python tests/benchmarks/benchmarks.py --only earlier      a training beside an earlier commit's;
+        for both looks --source mias --size 1024x576 --weights FILE --earlier 9dc470f
     python tests/benchmarks/benchmarks.py --quick             a try on tiny films
 
 Nothing else should run on the machine. What is compared runs in turns, so that a machine that
@@ -16,6 +18,7 @@ slows down meanwhile slows both sides, and medians are shown.
 
 # %% Imports: this script finds the project and its tests first, whatever the working directory is
 import contextlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -23,6 +26,7 @@ import os
 import platform
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -49,7 +53,7 @@ from common import UserError
 
 steps = scripts.definitions("04_train")
 data, network = steps.data, steps.network
-NAMES = ("epoch", "ordinary", "preparation", "flat", "bf16", "quality", "curve")
+NAMES = ("epoch", "ordinary", "preparation", "flat", "bf16", "quality", "curve", "earlier")
 
 
 # %% Settings: change a value and run the cells below again; each name is a command-line flag
@@ -58,7 +62,7 @@ class Settings:
     """What to measure, and on what."""
 
     source: Literal["phantom", "mias"] = "phantom"  # mias: as step 1 prepared it
-    only: Tuple[str, ...] = NAMES[:-2]  # some of NAMES; quality and curve train for long
+    only: Tuple[str, ...] = NAMES[:-3]  # some of NAMES; quality, curve and earlier train for long
     quick: bool = False  # a try: tiny films, one round
     size: str = "512x288"  # canvas, height x width in px, of all but flat
     films: int = 0  # prepared films, 64 % of them train; 0: 160, on a GPU 3220
@@ -69,6 +73,7 @@ class Settings:
     flat_steps: int = 300  # batches that flat times, drawn from the whole training set
     seeds: int = 3  # trainings of quality in each precision, of curve with each share
     epochs: int = 0  # of each of them; 0: as many as step 4 takes
+    earlier: str = "HEAD~1"  # the commit that earlier compares with
     weights: str = "auto"  # they start from, as in step 4
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of our side, as in step 4
@@ -151,14 +156,19 @@ def run_script(name, home, **flags):
 
     No picture is saved, since pictures are not what is timed.
     """
-    words = []
-    for flag, value in flags.items():
-        words += [f"--{flag.replace('_', '-')}"] + ([] if value is True else [str(value)])
     unseen = mock.patch.object(
         common, "show", lambda figure, path=None, title="": plt.close(figure)
     )
     with below(home), unseen, mock.patch.object(sys, "path", [*sys.path]):
-        return scripts.run(common.PROJECT / name, *words)
+        return scripts.run(common.PROJECT / name, *words_of(flags))
+
+
+def words_of(flags):
+    """Return flags as they are typed; True is a flag alone."""
+    words = []
+    for flag, value in flags.items():
+        words += [f"--{flag.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return words
 
 
 def run_step_1(settings, home, **flags):
@@ -475,13 +485,13 @@ def ours(prepared, settings, freeze, precision=None):
 
 
 def race(sides, rounds):
-    """Return the median films/s of functions that run an epoch, taken in turns."""
+    """Return how many a second, films as a rule, functions do that return a number; in turns."""
     speeds = {name: [] for name in sides}
     for number in range(rounds):
         for name, epoch in sides.items():
             start = time.perf_counter()
             speeds[name].append(epoch() / (time.perf_counter() - start))
-            print(f"round {number + 1}: {name}: {speeds[name][-1]:.2f} films/s", flush=True)
+            print(f"round {number + 1}: {name}: {speeds[name][-1]:.3g} a second", flush=True)
     return {name: float(np.median(values)) for name, values in speeds.items()}
 
 
@@ -760,6 +770,49 @@ if __name__ == "__main__" and "curve" in settings.only:
     means = curve.groupby(["metric", "share"])["value"].mean()
     results["curve"] = [row("curve", f"{name}, {share:.0%} of the training patients", value, "")
                         for (name, share), value in means.items()]  # fmt: skip
+
+
+# %% An earlier commit: a training of fold 0 and --help, each a whole command, in turns
+def beside_earlier(base, settings, home):
+    """Return rows: seconds of both versions; each trains on what its own step 1 prepared."""
+    films, code = Path(base.table["file"].iloc[0]).parent, home / "code"
+    git = ["git", "-C", str(common.PROJECT), "archive", "--format=tar", settings.earlier]
+    packed = subprocess.run(git, stdout=subprocess.PIPE)
+    if packed.returncode:
+        return [row("earlier", f"commit {settings.earlier}", None, "not in this copy's history")]
+    common.discard(code)
+    with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as file:
+        file.extractall(code)
+    folders = {settings.earlier: code, "now": common.PROJECT}
+
+    def command(name, script, *words):
+        with below(home / f"of-{name}"):
+            subprocess.run([sys.executable, str(folders[name] / script), *words], check=True,
+                           stdout=subprocess.DEVNULL)  # fmt: skip
+        return 1
+
+    flags = {"source": settings.source, "size": settings.size, "images": films}
+    for name in folders:
+        command(name, "01_prepare_data.py", *words_of({**flags, "allow_partial": True}))
+    epochs = settings.epochs or 5
+    names = "source device batch_size weights precision".split()
+    flags = {**{name: getattr(settings, name) for name in names}, "patience": epochs}
+    flags.update(epochs=epochs, run="timed", overwrite=True)
+    kinds = {f"fold 0, {epochs} epochs": ("04_train.py", *words_of(flags))}
+    kinds["--help of step 1"] = "01_prepare_data.py", "--help"
+    kinds["--help of step 4"] = "04_train.py", "--help"
+    rows, first = [], settings.earlier
+    for kind, words in kinds.items():
+        sides = {f"{name}: {kind}": partial(command, name, *words) for name in folders}
+        before, after = race(sides, settings.rounds).values()
+        rows.append(row("earlier", f"{kind}, {first}", 1 / before, "s"))
+        most = 1 / 1.5 if words is kinds[f"fold 0, {epochs} epochs"] else 0.6
+        rows.append(row("earlier", f"{kind}, now", 1 / after, "s", before / after, most))
+    return rows
+
+
+if __name__ == "__main__" and "earlier" in settings.only:
+    results["earlier"] = beside_earlier(base, settings, home)
 
 
 # %% The whole table
