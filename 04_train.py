@@ -564,8 +564,8 @@ with common.recorded(run_folder, record, settings):
             if fold != first_fold:
                 both = fold_films(train_films.prepared, fold, settings)
             if (fold, look) != (first_fold, first_look):
-                if weights.seen:
-                    start = weights_for(settings, fold, look, both[0].prepared)
+                part = settings, fold, look, train_films.prepared
+                start = weights_for(*part) if weights.seen else weights
                 made = network_and_optimizer(settings, start, schedule.loc[look, "lr_patience"])
             part = (0, 1) if dealt else (rank, count)
             state = FoldState(fold, look, settings, schedule.loc[look], both, made, *part)
