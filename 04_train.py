@@ -56,7 +56,7 @@ class Settings(data.Settings, network.Settings, common.RunSettings):
     overwrite: bool = False  # delete a run of this name first
     balance: Literal["sampler", "loss", "none"] = "sampler"  # how rare classes count: never both
     shuffle_labels: bool = False  # leak test: labels permuted between patients; expect chance
-    epochs: int = 0  # at most; 0: 10, 20 from a random start; of windows 1.6 times, as patience too
+    epochs: int = 0  # at most; 0: 5 from a run, 10, 20 at random; windows 1.6 times, patience too
     lr: float = 1e-3  # rate of the new head, Adam
     backbone_lr: float = 1e-4  # rate of the pretrained stages; a random start takes `lr` for both
     label_smoothing: float = 0.1  # share of the target spread over the classes
@@ -105,6 +105,8 @@ part = {"train": train_films.labels, "validation": validation_films.labels}
 part = {name: np.bincount(labels, minlength=3) for name, labels in part.items()}
 title = f"films of fold {first_fold}; folds to train: {common.listing(all_folds)}"
 common.table(pd.DataFrame(part, index=CLASS_NAMES), title)
+rows = [name for name, n in zip(CLASS_NAMES, part["train"]) if not n]
+common.warn_of(rows, "classes have no film to train on, and are not learned")
 part = shares_used(train_films, validation_films, first_fold)
 title = "of the patients outside the fold {validation_used:.2f} validate"
 print((title + ", of the others {train_share_used:.2f} train").format(**part))
@@ -177,10 +179,11 @@ def looks_of(settings, prepared):
 def filled_in(settings, prepared, weights):
     """Return all settings as a dict, those filled in that were left to the kind of start.
 
-    With pretrained weights a network learns in fewer epochs, and gently below its head.
+    With pretrained weights a network learns in fewer epochs, and gently below its head; one that
+    begins with a run knows mammograms and takes half as many.
     """
     values, pretrained = asdict(settings), weights.state is not None
-    epochs = settings.epochs or (10 if pretrained else 20)
+    epochs = settings.epochs or (5 if weights.seen else 10 if pretrained else 20)
     values.update(epochs=epochs, looks=looks_of(settings, prepared))
     values["lr_patience"] = settings.lr_patience or max(epochs // 3, 1)
     values["patience"] = settings.patience or max(epochs // 2, 1)

@@ -99,6 +99,7 @@ def test_1_two_classes_are_enough_and_the_third_is_said_to_be_absent(home, monke
     run_main("04_train.py", weights="none", epochs=1, freeze=5, validation=0.5, fold="all")
     done = run_main("05_evaluate.py", resamples=20)
     said = capsys.readouterr()
+    assert "1 classes have no film to train on, and are not learned: benign" in said.out + said.err
     assert re.search(r"benign recall +-  ", said.out) and not re.search(
         r"\bnan\b", said.out.lower()
     )

@@ -368,6 +368,9 @@ def test_a_large_canvas_with_circles_is_looked_at_in_two_ways(tiny):
         assert step.filled_in(step.Settings(recipe=recipe), prepared, none)["looks"] == looks
     schedule = step.schedule_of(step.filled_in(step.Settings(), large, some))
     assert list(schedule.itertuples(name=None)) == [("whole", 10, 3, 5), ("window", 16, 5, 8)]
+    begun = network.Weights({}, "a run", {"films": ["digest"], "patients": ["own/1"]})
+    schedule = step.schedule_of(step.filled_in(step.Settings(), large, begun))
+    assert list(schedule.itertuples(name=None)) == [("whole", 5, 1, 2), ("window", 8, 2, 3)]
     for looks, prepared in [(("window",), tiny), (("half",), large), ((), large)]:
         with pytest.raises(UserError, match="--looks.*windows need a canvas of 1024 rows"):
             step.filled_in(step.Settings(looks=looks), prepared, none)
