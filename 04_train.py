@@ -56,7 +56,7 @@ class Settings(data.Settings, network.Settings, common.RunSettings):
     overwrite: bool = False  # delete a run of this name first
     balance: Literal["sampler", "loss", "none"] = "sampler"  # how rare classes count: never both
     shuffle_labels: bool = False  # leak test: labels permuted between patients; expect chance
-    epochs: int = 0  # at most; 0: 5 from a run, 10, 20 at random; windows 1.6 times, patience too
+    epochs: int = 0  # at most; 0: 5 from a run, 10 from a file, 20 at random; windows 1.6 times
     lr: float = 1e-3  # rate of the new head, Adam
     backbone_lr: float = 1e-4  # rate of the pretrained stages; a random start takes `lr` for both
     label_smoothing: float = 0.1  # share of the target spread over the classes
@@ -201,6 +201,7 @@ def schedule_of(values):
     return pd.DataFrame(rows, index=values["looks"], columns=WAITS)
 
 
+common.refuse([settings.run] * (settings.run == settings.weights), "no run begins with itself")
 first_look = looks_of(settings, train_films.prepared)[0]
 with common.first_process_first():
     weights = weights_for(settings, first_fold, first_look, train_films.prepared)
@@ -562,8 +563,7 @@ problems, whole = [], True
 with common.recorded(run_folder, record, settings):
     for fold, look in itertools.product(folds, schedule.index):
         try:
-            both, start = (train_films, validation_films), weights
-            made = trained_model, *rows
+            both, start, made = (train_films, validation_films), weights, (trained_model, *rows)
             if fold != first_fold:
                 both = fold_films(train_films.prepared, fold, settings)
             if (fold, look) != (first_fold, first_look):
@@ -589,8 +589,8 @@ if best_file.is_file():
 trained_model.eval()
 if problems and rank == 0:
     raise UserError("; ".join(problems) + ". --resume goes on with these folds")
-title = "04_train.py --weights" if settings.fold == "none" else "05_evaluate.py --run"
-title = title if whole else "04_train.py --resume --run"
+title = {"none": "01_prepare_data.py, then 04_train.py --weights"}.get(settings.fold)
+title = title or "05_evaluate.py --run" if whole else "04_train.py --resume --run"
 print(f"run {run_folder.name}: {run_folder}\nNext: python {title} {run_folder.name}")
 
 

@@ -6,8 +6,8 @@
 #            torchvision.ops.roi_align wraps its one compiled function in lazy_compile, whose
 #            docstring says that it avoids importing dynamo eagerly.
 # Seen:      the same file imports from torch._dynamo.utils at its top, and torchvision's __init__
-#            leads there by models and ops. About 1,000 modules more, some
-#            150 MB more, and about as long again as `import torch` took; for a ResNet18 too.
+#            leads there by models and ops. About 1,000 modules and 150 MB
+#            more, in about as long again as `import torch` took; for a ResNet18 too.
 # Matters:   every start of a program that only wants a network, a file's weights or a transform:
 #            it was 1.2 s of the 5 s that a script's --help took, as was 1.3 s for torch itself.
 # Source:    torchvision/ops/roi_align.py, line 7 against lazy_compile below it; the wrapper came

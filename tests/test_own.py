@@ -938,12 +938,17 @@ def test_a_database_that_is_only_learned_from_trains_all_but_validation(home, sm
     quick, size = {"epochs": 1, "freeze": 4}, {"size": "1024x128", "folds": 3}
     conftest.prepare_data(source="phantom", patients=24, phantom_size=128, **size)
     large = run_main("04_train.py", run="large", weights="none", fold="none", **quick)
-    assert "Next: python 04_train.py --weights large" in capsys.readouterr().out
+    assert (
+        "Next: python 01_prepare_data.py, then 04_train.py --weights large"
+        in capsys.readouterr().out
+    )
     assert {path.name for path in large.run_folder.glob("fold-*")} == {"fold-3", "fold-3-window"}
     prepared, rows = large.prepared, [*large.train_films.rows, *large.validation_films.rows]
     assert sorted(rows) == list(range(len(prepared.films)))
     with pytest.raises(common.UserError, match="--fold none: no film is left.*--weights RUN"):
         run_main("05_evaluate.py", run="large")
+    with pytest.raises(common.UserError, match="no run begins with itself: large"):
+        run_main("04_train.py", run="large", weights="large", overwrite=True, **quick)
     labels = [("malignant", "benign", "normal")[n % 3] for n in range(12)]
     boxes = [f"f{n:02d},20,50,40,70" for n in range(12) if labels[n] != "normal"]
     boxes = table(home, "\n".join(["image,x0,y0,x1,y1", *boxes]), name="boxes.csv")

@@ -485,7 +485,7 @@ def ours(prepared, settings, freeze, precision=None):
 
 
 def race(sides, rounds):
-    """Return how many a second, films as a rule, functions do that return a number; in turns."""
+    """Return the median speed (films or runs a second) of functions that return how many."""
     speeds = {name: [] for name in sides}
     for number in range(rounds):
         for name, epoch in sides.items():
