@@ -1097,7 +1097,7 @@ def test_the_parts_of_a_fold_share_no_patient_and_leave_no_film_out(like_mias):
         assert sum(map(len, patients)) == 161
         assert all(set(like_mias["label"].iloc[rows]) == {0, 1, 2} for rows in parts.values())
     assert dataset.named_folds("0, 4", splits) == [0, 4]
-    assert "expected 0 to 4, or all" in refused(dataset.named_folds, "5", splits)
+    assert "expected 0 to 4, all or none" in refused(dataset.named_folds, "5", splits)
     fold = splits["fold"][0]
     splits.loc[0, "fold"] = (fold + 1) % 5  # the patient's other film stays
     with pytest.raises(AssertionError, match="two parts"):
