@@ -250,6 +250,14 @@ def test_sampling_grid_is_pytorchs_own():
     assert torch.allclose(data.sampling_grid(theta, 20, 12), library, 0, 1e-6)
 
 
+@pytest.mark.parametrize("sides, times", [((40, 24), 2), ((41, 26), 3), ((128, 72), 16)])
+def test_reduced_films_are_pytorchs_own_means(sides, times):
+    films = torch.randint(0, 256, (3, 1, *sides), generator=generator(), dtype=torch.uint8)
+    films[0] = 255
+    library = torch.nn.functional.avg_pool2d(films.float(), times).round().byte()
+    assert torch.equal(data.block_means(films, times), library)
+
+
 def test_new_kind_of_augmentation_is_one_function_and_one_line(monkeypatch):
     def noise(films, strength, generator):
         """Add noise of a standard deviation of `strength`."""
