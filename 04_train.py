@@ -590,7 +590,7 @@ trained_model.eval()
 if problems and rank == 0:
     raise UserError("; ".join(problems) + ". --resume goes on with these folds")
 title = {"none": "01_prepare_data.py, then 04_train.py --weights"}.get(settings.fold)
-title = title or "05_evaluate.py --run" if whole else "04_train.py --resume --run"
+title = (title or "05_evaluate.py --run") if whole else "04_train.py --resume --run"
 print(f"run {run_folder.name}: {run_folder}\nNext: python {title} {run_folder.name}")
 
 

@@ -2329,7 +2329,7 @@ def weights_file(name, fold=0, look=LOOKS[0]):
     if path.is_file() and not others:
         return path
     folder = path if path.is_dir() and not others else runs_dir(str(name))
-    found = sorted(folder.glob("fold-*/best.pt"))
+    found = [*folder.glob("fold-*/best.pt")]
     if not found:
         expected = f"a state dict FILE, or a run in {runs_dir()} that has a fold-K/best.pt"
         raise UserError(f"{name} is not there; expected {expected}; check the name and the folder")
