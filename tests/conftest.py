@@ -40,21 +40,13 @@ def small_network(patch):
     patch.setattr("torchvision.models.resnet18", lambda weights=None: ResNet(BasicBlock, [1] * 4))
 
 
-def flags(**settings):
-    """Write settings as a command line; True is a flag alone."""
-    words = []
-    for name, value in settings.items():
-        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    return words
-
-
 def run_main(name, **settings):
     """Run a script in this process, as ``python name --flags`` does; return its variables.
 
     A UserError, or whatever else ends the script, is raised here. What the script takes from
     common and from earlier steps can be replaced with monkeypatch.
     """
-    return scripts.run(PROJECT / name, *flags(**settings))
+    return scripts.run(PROJECT / name, *scripts.flags(**settings))
 
 
 @functools.lru_cache(maxsize=None)

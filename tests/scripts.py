@@ -50,6 +50,14 @@ def compiled(path):
     return compile(Path(path).read_text(encoding="utf-8"), str(path), "exec")
 
 
+def flags(**settings):
+    """Write settings as a command line; True is a flag alone."""
+    words = []
+    for name, value in settings.items():
+        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return words
+
+
 def run(path, *arguments):
     """Run a script as ``python path arguments`` does; return its variables.
 

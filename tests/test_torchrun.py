@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 import scripts
 import torch
-from conftest import flags, run_main
+from conftest import run_main
+from scripts import flags
 from test_train import differences, history, load
 
 import common

@@ -160,15 +160,7 @@ def run_script(name, home, **flags):
         common, "show", lambda figure, path=None, title="": plt.close(figure)
     )
     with below(home), unseen, mock.patch.object(sys, "path", [*sys.path]):
-        return scripts.run(common.PROJECT / name, *words_of(flags))
-
-
-def words_of(flags):
-    """Return flags as they are typed; True is a flag alone."""
-    words = []
-    for flag, value in flags.items():
-        words += [f"--{flag.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    return words
+        return scripts.run(common.PROJECT / name, *scripts.flags(**flags))
 
 
 def run_step_1(settings, home, **flags):
@@ -793,21 +785,20 @@ def beside_earlier(base, settings, home):
 
     flags = {"source": settings.source, "size": settings.size, "images": films}
     for name in folders:
-        command(name, "01_prepare_data.py", *words_of({**flags, "allow_partial": True}))
+        command(name, "01_prepare_data.py", *scripts.flags(**flags, allow_partial=True))
     epochs = settings.epochs or 5
     names = "source device batch_size weights precision".split()
     flags = {**{name: getattr(settings, name) for name in names}, "patience": epochs}
-    flags.update(epochs=epochs, run="timed", overwrite=True)
-    kinds = {f"fold 0, {epochs} epochs": ("04_train.py", *words_of(flags))}
-    kinds["--help of step 1"] = "01_prepare_data.py", "--help"
-    kinds["--help of step 4"] = "04_train.py", "--help"
-    rows, first = [], settings.earlier
-    for kind, words in kinds.items():
-        sides = {f"{name}: {kind}": partial(command, name, *words) for name in folders}
-        before, after = race(sides, settings.rounds).values()
-        rows.append(row("earlier", f"{kind}, {first}", 1 / before, "s"))
-        most = 1 / 1.5 if words is kinds[f"fold 0, {epochs} epochs"] else 0.6
-        rows.append(row("earlier", f"{kind}, now", 1 / after, "s", before / after, most))
+    flags = scripts.flags(**flags, epochs=epochs, run="timed", overwrite=True)
+    kinds = {f"fold 0, {epochs} epochs": (1 / 1.5, "04_train.py", *flags)}
+    kinds["--help of step 1"] = 0.6, "01_prepare_data.py", "--help"
+    kinds["--help of step 4"] = 0.6, "04_train.py", "--help"
+    rows = []
+    for kind, (most, *words) in kinds.items():
+        sides = {f"{kind}, {name}": partial(command, name, *words) for name in folders}
+        before, after = (1 / speed for speed in race(sides, settings.rounds).values())
+        rows.append(row("earlier", f"{kind}, {settings.earlier}", before, "s"))
+        rows.append(row("earlier", f"{kind}, now", after, "s", after / before, most))
     return rows
 
 
