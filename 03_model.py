@@ -75,7 +75,7 @@ class MammogramNet(nn.Module):
     "plain" equals torchvision's average pooling and linear layer, since both are linear.
     """
 
-    TOP = 4  # strongest places of each class, by their log-odds against normal
+    TOP = 4  # strongest places of each class, by their log-odds against normal; 1 of 144 if more
     MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)  # of ImageNet, torchvision's values
     STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
@@ -123,8 +123,8 @@ class MammogramNet(nn.Module):
         places = F.interpolate(places, fine.shape[2:], mode="bilinear", align_corners=False)
         places = places + self.classify(self.skip_head, fine)
         against_normal = (places - places[:, NORMAL : NORMAL + 1]).flatten(2)
-        strongest = against_normal.topk(min(self.TOP, against_normal.shape[2]), dim=2).values
-        return strongest.mean(2) + self.film_bias, places
+        count = max(self.TOP, round(against_normal.shape[2] / 144))  # 16 of a film with windows
+        return against_normal.topk(count, dim=2).values.mean(2) + self.film_bias, places
 
     def classify(self, head, features):
         """Apply a head to features (B, C, h, w) place by place."""

@@ -274,15 +274,18 @@ def linear(layer, features):
     return torch.einsum("kc,bchw->bkhw", layer.weight, features) + layer.bias[:, None, None]
 
 
-@pytest.mark.parametrize("recipe", ["plain", "lesion"])
-def test_logits_grad_cam_and_places_equal_an_independent_computation(recipe):
+@pytest.mark.parametrize(
+    ("recipe", "shape", "top"),
+    [("plain", (64, 96), 0), ("lesion", (64, 96), 4), ("lesion", (512, 576), 8)],
+)
+def test_logits_grad_cam_and_places_equal_an_independent_computation(recipe, shape, top):
     torch.manual_seed(2)
     model, _ = network.build_model("none", recipe)
     for layer in filter(None, (model.head, model.skip_head)):
         torch.nn.init.normal_(layer.weight, std=0.5)
         torch.nn.init.normal_(layer.bias)
     torch.nn.init.normal_(model.film_bias)
-    films = np.random.default_rng(0).random((6, 64, 96)) ** np.arange(1, 7)[:, None, None]
+    films = np.random.default_rng(0).random((6, *shape)) ** np.arange(1, 7)[:, None, None]
     dataset = data.MammogramDataset.of_canvases((films * 255).astype(np.uint8))
     predicted = network.predict(model, dataset).logits  # in training mode until now: no dropout
     reading = network.predict(model, dataset, 4, progress=common.Progress(6, ""), maps=True)
@@ -307,7 +310,7 @@ def test_logits_grad_cam_and_places_equal_an_independent_computation(recipe):
             pooled = places.mean((2, 3))[0]
             if recipe == "lesion":
                 odds = (places - places[:, [NORMAL]])[0].flatten(1)
-                pooled = odds.sort(1, descending=True).values[:, :4].mean(1)
+                pooled = odds.sort(1, descending=True).values[:, :top].mean(1)
             ways.append(pooled + model.film_bias)
         logits = (ways[0] + ways[1]) / 2
         lesion = max((BENIGN, MALIGNANT), key=lambda c: logits[c].item())
