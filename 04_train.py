@@ -16,6 +16,7 @@ import contextlib
 import copy
 import importlib
 import itertools
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ import torch
 from matplotlib.ticker import MaxNLocator
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import RandomSampler
 
@@ -57,13 +58,12 @@ class Settings(data.Settings, network.Settings, common.RunSettings):
     balance: Literal["sampler", "loss", "none"] = "sampler"  # how rare classes count: never both
     shuffle_labels: bool = False  # leak test: labels permuted between patients; expect chance
     epochs: int = 0  # at most; 0: 5 from a run, 10 from a file, 20 at random; windows 1.6 times
-    lr: float = 1e-3  # rate of the new head, Adam
+    lr: float = 1e-3  # rate of the new head at first, Adam; rates fall to zero along a cosine
     backbone_lr: float = 1e-4  # rate of the pretrained stages; a random start takes `lr` for both
     label_smoothing: float = 0.1  # share of the target spread over the classes
     lesion_weight: float = 1.0  # weight of the circles' loss beside the films'; recipe lesion only
     looks: Tuple[str, ...] = ("auto",)  # whole, window or both, a network each; auto: by the canvas
     ema: float = 0.9  # share of the averaged weights kept at each step; the average is judged
-    lr_patience: int = 0  # epochs without a better loss that halve the rates; 0: a third of all
     patience: int = 0  # epochs without a better loss that end the training; 0: half of all
     max_norm: float = 5.0  # gradients longer than this are shortened to it; 0: none are
 
@@ -133,8 +133,8 @@ def weights_for(settings, fold, look, prepared):
     return weights
 
 
-def network_and_optimizer(settings, weights, lr_patience):
-    """Return the model, the optimiser and the scheduler that a fold begins with."""
+def network_and_optimizer(settings, weights):
+    """Return the model and the optimiser that a fold begins with."""
     device = common.choose_device(settings.device)
     torch.manual_seed(settings.seed)
     model, _ = network.build_model(weights, settings.recipe, settings.dropout, settings.freeze)
@@ -144,8 +144,7 @@ def network_and_optimizer(settings, weights, lr_patience):
     slower = settings.lr if weights.state is None else settings.backbone_lr
     groups = [{"params": head, "lr": settings.lr}, {"params": backbone, "lr": slower}]
     fused = device.type in ("cpu", "cuda")  # one pass over the weights in place of many
-    optimizer = torch.optim.Adam(groups, fused=fused)
-    return model, optimizer, ReduceLROnPlateau(optimizer, factor=0.5, patience=int(lr_patience) - 1)
+    return model, torch.optim.Adam(groups, fused=fused)
 
 
 def precision_of(model, settings):
@@ -185,13 +184,12 @@ def filled_in(settings, prepared, weights):
     values, pretrained = asdict(settings), weights.state is not None
     epochs = settings.epochs or (5 if weights.seen else 10 if pretrained else 20)
     values.update(epochs=epochs, looks=looks_of(settings, prepared))
-    values["lr_patience"] = settings.lr_patience or max(epochs // 3, 1)
     values["patience"] = settings.patience or max(epochs // 2, 1)
     values["backbone_lr"] = settings.backbone_lr if pretrained else settings.lr
     return values
 
 
-WAITS = ["epochs", "lr_patience", "patience"]
+WAITS = ["epochs", "patience"]
 
 
 def schedule_of(values):
@@ -207,8 +205,7 @@ with common.first_process_first():
     weights = weights_for(settings, first_fold, first_look, train_films.prepared)
 values = filled_in(settings, train_films.prepared, weights)
 schedule = schedule_of(values)
-part = settings, weights, schedule.loc[first_look, "lr_patience"]
-model, optimizer, scheduler = network_and_optimizer(*part)
+model, optimizer = network_and_optimizer(settings, weights)
 part = {**values, **{name: record[name] for name in FILMS_BY}}
 record = {**common.record_of(part, train_films.prepared), **described(model, weights, settings)}
 record.update(shares_used(train_films, validation_films, first_fold))
@@ -373,16 +370,14 @@ class FoldState:
     `network_and_optimizer` returns; `saved` is the epoch of last.pt, `kept` for `network.predict`.
     """
 
-    PARTS = ("model", "average", "optimizer", "scheduler")  # what has a state dict
+    PARTS = ("model", "average", "optimizer")  # what has a state dict
 
     def __init__(self, fold, look, settings, waits, films, parts, rank=0, count=1):
         self.fold, self.look, self.settings, self.waits = fold, look, settings, waits
         self.rank, self.count, self.seen_before = rank, count, {}
         self.name, self.saved, self.kept = common.fold_name(fold, look), 0, []
         self.train_films, self.validation_films = (seen_by(look, part) for part in films)
-        self.model, self.optimizer, self.scheduler = parts
-        self.scheduler.optimizer = self.optimizer  # one put in the place of ours, too
-        self.scheduler.min_lrs = [0.0] * len(self.optimizer.param_groups)
+        self.model, self.optimizer = parts
         if count > len(self.validation_films):
             raise UserError("more processes than validation films; start fewer")
         stepped = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
@@ -458,7 +453,7 @@ class FoldState:
             common.write_history(self.progress["history"], target)  # a kill may have come before
 
 
-part = (train_films, validation_films), copy.deepcopy((model, optimizer, scheduler))
+part = (train_films, validation_films), copy.deepcopy((model, optimizer))
 state = FoldState(first_fold, first_look, settings, schedule.loc[first_look], *part)
 rows = {name: len(getattr(state, name).state_dict()) for name in state.PARTS}
 common.table(pd.Series(rows).to_frame("entries"), f"{state.name}: values that last.pt keeps")
@@ -509,10 +504,19 @@ def train_epoch(state, progress):
     return total / count, hits / count
 
 
+def falling_rates(state):
+    """Return the scheduler of a fold: half a cosine (Loshchilov and Hutter, ICLR 2017)."""
+
+    def share(epoch):
+        return 0.5 + 0.5 * math.cos(math.pi * epoch / state.waits["epochs"])
+
+    return LambdaLR(state.optimizer, share, state.progress["epoch"] - 1)
+
+
 def train_fold(state, folder, record):
     """Train a fold until it is finished or stopped; return whether it is finished."""
     films, words = len(state.train_films), state.name.replace("-", " ")
-    began, epochs = state.progress["epoch"], state.waits["epochs"]
+    began, epochs, scheduler = state.progress["epoch"], state.waits["epochs"], falling_rates(state)
     with contextlib.suppress(KeyboardInterrupt), enough_memory(state.settings.batch_size):
         while not state.finished():
             start, lr = time.perf_counter(), state.optimizer.param_groups[0]["lr"]
@@ -521,7 +525,6 @@ def train_fold(state, folder, record):
             loss, accuracy = train_epoch(state, bar)
             speed = films / (time.perf_counter() - start)
             logits, validation = validate(state)
-            state.scheduler.step(validation["val_loss"])
             row = {"fold": state.fold, "epoch": epoch, "lr": lr}
             row.update(train_loss=loss, train_accuracy=accuracy, **validation)
             row["seconds"] = time.perf_counter() - start
@@ -530,6 +533,7 @@ def train_fold(state, folder, record):
             if state.rank == 0:
                 state.save(folder, record, logits if better else None)
                 bar.close(common.history_line(row, epochs, better))
+            scheduler.step()
         done, best = state.progress["epoch"], state.progress["best_epoch"]
         if done < epochs or done == began:
             why = "stopped early" if done < epochs else "was finished before"
@@ -546,8 +550,7 @@ print(f"an epoch: {len(epoch_batches(state))} batches; {len(validation_films)} f
 # %% Train: every fold of settings.fold, with each look
 # Stop it whenever you like: `trained_model` (the averaged weights of the first fold's best epoch),
 # `history` and the checkpoints are there, and this cell goes on after settings.resume = True. It
-# trains copies of `model`, `optimizer` and `scheduler`: run again, it begins a new run from the
-# same beginning.
+# trains copies of `model` and `optimizer`: run again, it begins a new run from the same beginning.
 settings = common.taken_up(settings, train_films.prepared)
 values = filled_in(settings, train_films.prepared, weights)
 part = (*WAITS, "run", "resume", "overwrite")  # may change since the network was made
@@ -555,8 +558,7 @@ rows = [name for name in values if name not in part and values[name] != record[n
 common.refuse(rows, "run the cells from 'The films of the first fold' on again, for changed are")
 if any(values[name] != record[name] for name in WAITS):
     schedule = schedule_of(values)
-    scheduler.patience = int(schedule["lr_patience"].iloc[0]) - 1
-trained_model, *rows = copy.deepcopy((model, optimizer, scheduler))
+trained_model, *rows = copy.deepcopy((model, optimizer))
 run_folder = common.folder_of_run(settings, record)
 record = {**record, **values, "run": run_folder.name, "schedule": schedule.T.to_dict()}
 problems, whole = [], True
@@ -569,7 +571,7 @@ with common.recorded(run_folder, record, settings):
             if (fold, look) != (first_fold, first_look):
                 part = settings, fold, look, train_films.prepared
                 start = weights_for(*part) if weights.seen else weights
-                made = network_and_optimizer(settings, start, schedule.loc[look, "lr_patience"])
+                made = network_and_optimizer(settings, start)
             part = (0, 1) if dealt else (rank, count)
             state = FoldState(fold, look, settings, schedule.loc[look], both, made, *part)
             state.seen_before = start.seen

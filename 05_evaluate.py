@@ -773,7 +773,7 @@ for name, part in {"gradcam": reading.cams, "places": reading.places}.items():
 # HTML file with the model card, all tables and all figures, to be sent or printed as it is; it
 # names the limits before the figures.
 MODEL_CARD = """<p>{disclaimer}</p><ul><li>Data: {source_used}. {scope}</li>
-<li>Protocol: patients, never films, are split; validation patients choose the epoch, the rates, the
+<li>Protocol: patients, never films, are split; validation patients choose the epoch, the
 temperature, the other breast's weight and the threshold; every test film is read once, by networks
 that never saw its patient; intervals are 95 % percentiles over resampled patients.</li>
 <li>Model: ResNet18, recipe {recipe}, looks: {looks}, weights: {weights_used}. Judged beside

@@ -164,7 +164,7 @@ RANGES.update(patients=(12, 99999), phantom_size=(128, 4096), validation=(0.001,
 RANGES.update(train_share=(0.001, 1), augment=(0, 5), freeze=(-1, 5), dropout=(0, 0.99))
 RANGES.update(epochs=(0, 99999), lr=(1e-12, 10), backbone_lr=(0, 10))
 RANGES.update(label_smoothing=(0, 0.99), lesion_weight=(0, 1000), ema=(0, 0.9999))
-RANGES.update(lr_patience=(0, 99999), patience=(0, 99999), max_norm=(0, 1e12))
+RANGES.update(patience=(0, 99999), max_norm=(0, 1e12))
 RANGES.update(recall=(0, 1), tempering=(0, 1), resamples=(1, 10**6))
 
 

@@ -154,8 +154,9 @@ def test_two_processes_learn_what_one_learns_from_the_whole_batches(team, monkey
     settings = step.Settings(**TOGETHER, epochs=2)
     schedule = step.schedule_of(step.filled_in(settings, team.prepared, random))
     waits, films = schedule.loc["whole"], step.fold_films(team.prepared, 0, settings)
-    made = step.network_and_optimizer(settings, random, waits["lr_patience"])
+    made = step.network_and_optimizer(settings, random)
     state, whole = step.FoldState(0, "whole", settings, waits, films, made), data.batches
+    scheduler = step.falling_rates(state)
     place = {row: n for n, row in enumerate(state.train_films.rows.tolist())}
     before = {name: value.clone() for name, value in state.model.state_dict().items()}
     table, last = history(team.runs / "together"), load(team.runs / "together", "last.pt")
@@ -171,7 +172,7 @@ def test_two_processes_learn_what_one_learns_from_the_whole_batches(team, monkey
         monkeypatch.setattr(data, "batches", batches)
         loss, accuracy = step.train_epoch(state, common.Progress(1, ""))
         _, metrics = step.validate(state)
-        state.scheduler.step(metrics["val_loss"])
+        scheduler.step()
         row = table.iloc[number]
         assert row["train_loss"] == pytest.approx(loss, rel=1e-4)
         assert row["train_accuracy"] == pytest.approx(accuracy)

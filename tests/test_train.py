@@ -312,8 +312,12 @@ def test_both_looks_cost_the_same_in_training_and_resume_bit_for_bit(tiny, monke
     # windows are read whole; a window is looked at before training only where it is the first look
     assert set(shapes) == {(True, (32, 32)), (False, (32, 32)), (False, (64, 64))}
     assert both.history["look"].tolist() == ["whole"] * 2 + ["window"] * 3
-    train(run="parts", epochs=1)
-    parts = go_on(run="parts", epochs=2)
+    batches = len(both.epoch_batches(both.state))
+    break_in(monkeypatch, data, "augment", 1 + batches + 1)  # in the second epoch of whole films
+    train(run="parts", epochs=2)
+    break_in(monkeypatch, data, "augment", 1 + 2 * batches + 1)  # in the second of windows
+    assert go_on(run="parts").history["look"].tolist() == ["whole"] * 2 + ["window"]
+    parts = go_on(run="parts")
     window = train(run="window", looks="window", epochs=2)
     for name, other in [("0", parts), ("0-window", parts), ("0-window", window)]:
         found, again = (load(run.run_folder, "last.pt", name) for run in (both, other))
@@ -367,10 +371,10 @@ def test_a_large_canvas_with_circles_is_looked_at_in_two_ways(tiny):
     for (prepared, recipe), looks in zip(cases, [both[:1]] * 3 + [both]):
         assert step.filled_in(step.Settings(recipe=recipe), prepared, none)["looks"] == looks
     schedule = step.schedule_of(step.filled_in(step.Settings(), large, some))
-    assert list(schedule.itertuples(name=None)) == [("whole", 10, 3, 5), ("window", 16, 5, 8)]
+    assert list(schedule.itertuples(name=None)) == [("whole", 10, 5), ("window", 16, 8)]
     begun = network.Weights({}, "a run", {"films": ["digest"], "patients": ["own/1"]})
     schedule = step.schedule_of(step.filled_in(step.Settings(), large, begun))
-    assert list(schedule.itertuples(name=None)) == [("whole", 5, 1, 2), ("window", 8, 2, 3)]
+    assert list(schedule.itertuples(name=None)) == [("whole", 5, 2), ("window", 8, 3)]
     for looks, prepared in [(("window",), tiny), (("half",), large), ((), large)]:
         with pytest.raises(UserError, match="--looks.*windows need a canvas of 1024 rows"):
             step.filled_in(step.Settings(looks=looks), prepared, none)
@@ -415,7 +419,8 @@ def test_optimiser_that_was_put_in_the_place_of_ours_is_the_one_that_trains(cons
     assert group["momentum"] == 0.5 and len(last["optimizer"]["state"]) == len(learning)
     assert all(set(s) == {"momentum_buffer"} for s in last["optimizer"]["state"].values())
     assert differences(before, last["model"]), "nothing was learned"
-    assert console["history"]["lr"].tolist() == [0.125, 0.125, 0.0625], "rates are not halved"
+    rates = [0.125 * (1 + np.cos(np.pi * n / 3)) / 2 for n in range(3)]
+    assert console["history"]["lr"].tolist() == pytest.approx(rates)
 
 
 def test_optimiser_of_another_network_is_refused(console):
@@ -463,7 +468,7 @@ def test_settings_that_changed_since_the_network_was_made_are_refused_in_one_mes
 
 
 def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(tiny, monkeypatch, capsys):
-    changes = {"epochs": 2, "freeze": 3, "lr_patience": 1}
+    changes = {"epochs": 2, "freeze": 3}
     whole = train(run="whole", **changes)
     batches = len(whole.epoch_batches(whole.state))
     break_in(monkeypatch, data, "augment", 1 + batches + 2)  # one is looked at before training
@@ -772,14 +777,19 @@ def test_lack_of_memory_names_a_smaller_batch_size(tiny, owner, name, real, monk
         train()
 
 
-def test_rates_are_halved_and_training_stops_without_a_better_validation_loss(tiny, monkeypatch):
+def test_rates_fall_along_a_cosine_and_training_stops_without_a_better_loss(tiny, monkeypatch):
     answer_alike(monkeypatch)
-    rate = 2.0**-10
-    run = train(lr=rate, epochs=20, patience=5, lr_patience=2, freeze=4)
-    assert (run.history["lr"] / rate).tolist() == [1, 1, 1, 0.5, 0.5, 0.25]
+    run = train(lr=0.01, epochs=20, patience=5, freeze=4)
+    assert run.history["lr"].tolist() == pytest.approx(
+        [0.01 * (1 + np.cos(np.pi * n / 20)) / 2 for n in range(6)]
+    )
     groups = load(run.run_folder, "last.pt")["optimizer"]["param_groups"]
-    assert [group["lr"] / rate for group in groups] == [0.25, 0.25]
+    assert [group["lr"] for group in groups] == [run.history["lr"].iloc[-1]] * 2
     assert load(run.run_folder)["epoch"] == 1
+    run = go_on(epochs=8, patience=9)  # what is left falls to zero by then
+    assert run.history["lr"].iloc[6:].tolist() == pytest.approx(
+        [0.01 * (1 + np.cos(np.pi * n / 8)) / 2 for n in (6, 7)]
+    )
 
 
 def test_early_stopping_and_a_resume_that_has_nothing_to_do_say_so(tiny, monkeypatch, capsys):

@@ -235,7 +235,7 @@ def new_state(prepared, settings, freeze, precision=None, look="auto"):
     )
     schedule = steps.schedule_of(steps.filled_in(chosen, prepared, AT_RANDOM))
     look, waits = schedule.index[-1], schedule.iloc[-1]  # on a large canvas windows
-    parts = steps.network_and_optimizer(chosen, AT_RANDOM, waits["lr_patience"])
+    parts = steps.network_and_optimizer(chosen, AT_RANDOM)
     return steps.FoldState(0, look, chosen, waits, steps.fold_films(prepared, 0, chosen), parts)
 
 
