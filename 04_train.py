@@ -199,7 +199,8 @@ def schedule_of(values):
     return pd.DataFrame(rows, index=values["looks"], columns=WAITS)
 
 
-common.refuse([settings.run] * (settings.run == settings.weights), "no run begins with itself")
+if settings.run and settings.run == settings.weights:
+    raise UserError(f"the run {settings.run} cannot begin with itself; choose another --run")
 first_look = looks_of(settings, train_films.prepared)[0]
 with common.first_process_first():
     weights = weights_for(settings, first_fold, first_look, train_films.prepared)
