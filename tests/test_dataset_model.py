@@ -382,7 +382,7 @@ def test_state_dict_of_torchvision_goes_in_and_comes_out_unchanged(rgb, weights_
 def begun(weights_file, **changes):
     """Return the model and the optimiser that step 4 begins a fold with."""
     settings = training.Settings(device="cpu", **changes)
-    return training.network_and_optimizer(settings, network.load_weights(str(weights_file)), 1)[:2]
+    return training.network_and_optimizer(settings, network.load_weights(str(weights_file)))
 
 
 @pytest.mark.parametrize("recipe", ["plain", "lesion"])
