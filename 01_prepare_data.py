@@ -74,13 +74,10 @@ common.say_left_out(files)
 def parse_info(text, film_height=1024):
     """Return the tables of labels and findings (px, x and y from the top left) of Info.txt."""
     # mdb001 G CIRC B 535 425 197, or mdb003 D NORM; fatty, fatty-glandular, dense-glandular
-    pattern = (
-        r"^\s*(?P<image>MDB\d+)\s+(?P<tissue>[FGD])\s+(?:NORM|(?P<type>"
-        + "|".join(common.TYPES[:-1])
-        + ")"
-        r"\s+(?P<severity>[BM])(?:\s+(?P<x>\d+)\s+(?P<y>\d+)\s+(?P<radius>0*[1-9]\d*)|"
-        r"\s+\*NOTE\s+3\*)?)\s*$"
-    )
+    types = "|".join(common.TYPES[:-1])
+    pattern = rf"^\s*(?P<image>MDB\d+)\s+(?P<tissue>[FGD])\s+(?:NORM|(?P<type>{types})"
+    pattern += r"\s+(?P<severity>[BM])(?:\s+(?P<x>\d+)\s+(?P<y>\d+)\s+(?P<radius>0*[1-9]\d*)|"
+    pattern += r"\s+\*NOTE\s+3\*)?)\s*$"
     lines = pd.Series(text.lstrip("\ufeff").upper().splitlines(), dtype=object)
     lines.index += 1
     named = lines.str.contains(r"MDB\d") & lines.str.match(r"MDB\d").cummax()  # first comes prose

@@ -193,8 +193,6 @@ def read_weights(name, fold=0, look=common.LOOKS[0]):
     path = common.weights_file(name, fold, look)
     values, seen, label = common.read_checkpoint(path), {}, f"file {path.name}"
     if "validation" in values:  # of step 4
-        if "seen" not in values:
-            raise UserError(f"{path} was made by an earlier version; train again")
         record, seen = values["record"], values["seen"]
         label = f"run {record['run']} ({record['source_used']}; {record['weights_used']})"
         print(f"weights: {path}, fold {values['fold']} of {label}")
@@ -282,9 +280,7 @@ class Reading(NamedTuple):
 KEPT = 2**29  # bytes of frozen features that are kept at most
 
 
-def predict(
-    model, dataset, batch_size=8, dtype=torch.float32, progress=None, maps=False, kept=None
-):
+def predict(model, dataset, batch_size=8, dtype=torch.float32, bar=None, maps=False, kept=None):
     """Return the Reading of a dataset, in evaluation mode; Grad-CAM and places if `maps`.
 
     A list `kept` takes the frozen features of the films, up to KEPT bytes; called with it again,
@@ -316,8 +312,8 @@ def predict(
             logits = torch.stack(each.float().chunk(2)).mean(0)
             heat = heat_maps(logits, places.detach().float(), caught["stage"]) if maps else []
             parts.append([logits.detach().cpu(), *heat])
-            if progress:
-                progress.step(len(part) // 2)
+            if bar:
+                bar.step(len(part) // 2)
     logits, *heat = zip(*parts)
     return Reading(torch.cat(logits), *(torch.cat(part).numpy() for part in heat))
 

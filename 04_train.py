@@ -483,12 +483,11 @@ def train_epoch(state, progress):
     state.model.train()
     total = hits = count = 0
     for batch in epoch_batches(state):
-        films, rows = state.train_films, batch[2]
-        chosen, rng = state.settings, state.generator
-        loss, right = batch_loss(state.network, batch, films, state.look, chosen, rng)
+        part = state.train_films, state.look, state.settings, state.generator
+        loss, right = batch_loss(state.network, batch, *part)
         value = loss.item()
         if not np.isfinite(value):
-            names = common.listing(films.images[rows])
+            names = common.listing(state.train_films.images[batch[2]])
             raise no_number(value, state, f"at the films {names}")
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -496,10 +495,10 @@ def train_epoch(state, progress):
             torch.nn.utils.clip_grad_norm_(state.model.parameters(), state.settings.max_norm)
         state.optimizer.step()
         state.average.update_parameters(state.model)
-        total += value * len(rows)
+        total += value * len(right)
         hits += right.sum().item()
-        count += len(rows)
-        progress.step(len(rows) * state.count, f"loss {total / count:.3f}")
+        count += len(right)
+        progress.step(len(right) * state.count, f"loss {total / count:.3f}")
     if state.count > 1:
         total, hits, count = np.sum(common.collect((total, hits, count)), axis=0)
     return total / count, hits / count

@@ -427,7 +427,7 @@ def read_own_films(paths, folds, record, settings):
         part, films = rows.iloc[group], data.MammogramDataset.of_canvases(canvases[group])
         never = [fold for fold in folds if fold.seen.isdisjoint(part["digest"])]
         used = never or folds
-        readings = [fold.read(films, 1, progress=bar) for fold in used]
+        readings = [fold.read(films, 1, bar=bar) for fold in used]
         each = [f.probabilities(r.logits, couple, settings.pair) for f, r in zip(used, readings)]
         p, prior = np.mean(each, axis=0), torch.stack([fold.prior for fold in used]).mean(0)
         part = part.assign(**dict(zip(PROBABILITIES, p.T)), never=len(never))
@@ -682,9 +682,8 @@ common.table(groups.round(2), f"abnormal films and findings, by group; {scope}")
 figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
 part = groups[::-1]
 rows = [f"{row.group} {row.value} (n = {row.n})" for row in part.itertuples()]
-options = {
-    "color": part["group"].map({"finding": "#0072B2", "tissue": "#009E73"}).fillna("#CC79A7")
-}
+options = {"finding": "#0072B2", "tissue": "#009E73", "radius": "#CC79A7"}
+options = {"color": part["group"].map(options)}
 options["xerr"] = np.abs(part[["low", "high"]].to_numpy().T - part["called abnormal"].to_numpy())
 axis.barh(rows, part["called abnormal"], capsize=3, **options)
 axis.axvline((predictions["predicted"] != NORMAL)[label == NORMAL].mean(), color="black", ls="--")

@@ -2236,7 +2236,6 @@ def load_prepared(source):
         if not len(films) == len(table) == len(labels) == len(splits):
             raise ValueError("films and tables differ in length")
         pixels, *facts = (state[name] for name in ("pixels", "crop", "split_seed"))
-        table["bits"]  # an earlier version noted none
         check_tables(labels, splits)
         label = findings["image"].map(labels.set_index("image")["label"])
         denied = (label == NORMAL) | (label == BENIGN) & (findings["severity"] == "M")
@@ -2256,6 +2255,7 @@ def check_tables(labels, splits):
     patients = patients.reindex(labels["image"]).to_numpy()
     folds = splits.groupby("patient")["fold"].nunique()
     sides = labels["laterality"].isin(["right", "left", ""])
+    numbers = {0, 1, *splits["fold"]} ^ {*range(splits["fold"].nunique())}
     for wrong, what in [
         (labels["image"][labels["image"].duplicated()], "twice in labels"),
         (splits["image"][splits["image"].duplicated()], "twice in splits"),
@@ -2263,10 +2263,7 @@ def check_tables(labels, splits):
         (labels["image"][~sides], "laterality other than right, left or nothing"),
         (labels["image"][labels["patient"] != patients], "another patient in splits.csv"),
         (folds.index[folds > 1], "patients in two folds of splits.csv; their films must share one"),
-        (
-            {0, 1, *splits["fold"]} ^ {*range(splits["fold"].nunique())},
-            "folds are not 0, 1, 2, ...",
-        ),
+        (numbers, "folds are not 0, 1, 2, ..."),
     ]:
         mend = "mend labels.csv or splits.csv (in step 1: the tables), or run step 1 again"
         refuse(wrong, f"{mend}: {what}")

@@ -288,7 +288,7 @@ def test_logits_grad_cam_and_places_equal_an_independent_computation(recipe, sha
     films = np.random.default_rng(0).random((6, *shape)) ** np.arange(1, 7)[:, None, None]
     dataset = data.MammogramDataset.of_canvases((films * 255).astype(np.uint8))
     predicted = network.predict(model, dataset).logits  # in training mode until now: no dropout
-    reading = network.predict(model, dataset, 4, progress=common.Progress(6, ""), maps=True)
+    reading = network.predict(model, dataset, 4, bar=common.Progress(6, ""), maps=True)
     assert (reading.cams > 0).any((1, 2)).sum() > 2 and predicted.std(0).max() > 0.1
     for n, film in enumerate(dataset.films):
         stages, maps, ways = [], [], []
