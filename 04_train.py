@@ -84,11 +84,17 @@ def fold_films(prepared, fold, settings):
 
 
 def shares_used(train_films, validation_films, fold):
-    """Return the shares of patients that validate a fold and, of the others, that train it."""
-    train, kept = (films.table()["patient"].nunique() for films in (train_films, validation_films))
+    """Return the shares of patients that validate a fold and, of the others, that train it.
+
+    UserError if two of training, validation and test films have a patient in common: a leak.
+    """
+    train, kept = ({*films.table()["patient"]} for films in (train_films, validation_films))
     splits = train_films.prepared.splits
-    there = splits["patient"][splits["fold"] != fold].nunique()
-    return {"validation_used": kept / there, "train_share_used": train / (there - kept)}
+    there = {*splits["patient"][splits["fold"] != fold]}
+    what = f"training, validation and test films of fold {fold} may have no patient in common; take"
+    common.refuse(sorted(train & kept | (train | kept) - there), f"{what} others than films of")
+    used = len(kept) / len(there), len(train) / len(there - kept)
+    return dict(zip(("validation_used", "train_share_used"), used))
 
 
 prepared = common.open_prepared(common.source_of(settings))
@@ -209,7 +215,6 @@ schedule = schedule_of(values)
 model, optimizer = network_and_optimizer(settings, weights)
 part = {**values, **{name: record[name] for name in FILMS_BY}}
 record = {**common.record_of(part, train_films.prepared), **described(model, weights, settings)}
-record.update(shares_used(train_films, validation_films, first_fold))
 print(f"weights: {weights.name}; {record['parameters_trained']:,} parameters learn")
 common.table(schedule, "how many epochs at most, and how many without a better loss")
 
@@ -554,13 +559,14 @@ print(f"an epoch: {len(epoch_batches(state))} batches; {len(validation_films)} f
 settings = common.taken_up(settings, train_films.prepared)
 values = filled_in(settings, train_films.prepared, weights)
 part = (*WAITS, "run", "resume", "overwrite")  # may change since the network was made
-rows = [name for name in values if name not in part and values[name] != record[name]]
+rows = [name for name in values if name not in part and values[name] != record.get(name)]
 common.refuse(rows, "run the cells from 'The films of the first fold' on again, for changed are")
 if any(values[name] != record[name] for name in WAITS):
     schedule = schedule_of(values)
 trained_model, *rows = copy.deepcopy((model, optimizer))
 run_folder = common.folder_of_run(settings, record)
 record = {**record, **values, "run": run_folder.name, "schedule": schedule.T.to_dict()}
+record.update(shares_used(train_films, validation_films, first_fold))
 problems, whole = [], True
 with common.recorded(run_folder, record, settings):
     for fold, look in itertools.product(folds, schedule.index):

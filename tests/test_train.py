@@ -338,6 +338,31 @@ def test_films_typed_in_a_cell_are_what_both_looks_train_on(tiny, monkeypatch):
     assert [best["reduce"] for best in both] == [2, 1]
 
 
+@pytest.mark.parametrize("part", ["test", "validation"])
+def test_films_typed_in_a_cell_that_would_leak_are_refused(tiny, monkeypatch, part):
+    monkeypatch.setattr(common, "command_line", lambda settings, _: settings(**QUICK))
+    names = {"__name__": "__main__", "__file__": str(SCRIPT)}
+    run_cells(names, until="Train")
+    leak = [*names["train_films"].rows, data.fold_parts(tiny, 0)[part][0]]
+    names["train_films"] = data.MammogramDataset(tiny, leak)
+    patient = tiny.labels["patient"][leak[-1]]
+    with pytest.raises(
+        UserError, match=f"no patient in common; .* others than films of: {patient}$"
+    ):
+        run_cells(names, first="Train")
+    assert not any(common.runs_dir().glob("*"))
+
+
+def test_a_setting_changed_above_a_cell_that_was_run_alone_is_named(tiny, monkeypatch):
+    monkeypatch.setattr(common, "command_line", lambda settings, _: settings(**QUICK))
+    names = {"__name__": "__main__", "__file__": str(SCRIPT)}
+    run_cells(names, until="An epoch")
+    names["settings"].fold = "1"
+    run_cells(names, first="The films of the first fold", until="The network")
+    with pytest.raises(UserError, match="run the cells from 'The films of the first fold' on"):
+        run_cells(names, first="Train")
+
+
 @pytest.mark.parametrize("missing", [False, True])
 def test_logits_and_maps_of_both_looks_are_averaged(tiny, monkeypatch, capsys, missing):
     monkeypatch.setattr(data, "ROWS", 32)
