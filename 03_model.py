@@ -194,7 +194,8 @@ def read_weights(name, fold=0, look=common.LOOKS[0]):
     values, seen, label = common.read_checkpoint(path), {}, f"file {path.name}"
     if "validation" in values:  # of step 4
         record, seen = values["record"], values["seen"]
-        label = f"run {record['run']} ({record['source_used']}; {record['weights_used']})"
+        made = filter(None, [record["source_used"], record["note"], record["weights_used"]])
+        label = f"run {record['run']} ({'; '.join(made)})"
         print(f"weights: {path}, fold {values['fold']} of {label}")
     values, known = dict(flat(values["model"] if seen else values)), "layer1.0.conv1.weight"
     before = sorted({k[: -len(known)] for k in values if k.endswith(known)}) or [""]

@@ -473,6 +473,8 @@ if settings.image:
     for number, (name, figure) in enumerate(zip(own["image"], rows), 1):  # two may share a name
         common.show(figure, judged_run / "own-films" / f"{number:02d}-{Path(name).stem}.png")
         figure.clear()  # or its pictures would stay in memory for a while
+    if judged_record["note"]:
+        common.warn(f"{judged_run.name}: {judged_record['note']}; it reads no film as others would")
     if judged_record["synthetic"]:
         common.banner("THIS RUN WAS TRAINED ON SYNTHETIC PHANTOMS: its reading means nothing.")
     common.end_here()

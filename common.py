@@ -2434,7 +2434,9 @@ def record_of(values, prepared):
     usual = usual_range(prepared.table)
     record = {**values, "source_used": prepared.source, "synthetic": prepared.source == "phantom"}
     record.update(class_names=list(CLASS_NAMES), film_bits=int(prepared.table["bits"].max()))
-    record.update(split_seed=prepared.split_seed, note=prepared.note, data=prepared.identity())
+    notes = ["labels SHUFFLED for a leak test" if values["shuffle_labels"] else "", prepared.note]
+    record.update(split_seed=prepared.split_seed, note="; ".join(filter(None, notes)))
+    record["data"] = prepared.identity()
     record["film_statistics"] = {name: list(usual.loc[name]) for name in STATISTICS}
     return {**record, "torch": str(torch.__version__), "disclaimer": DISCLAIMER}
 

@@ -614,6 +614,23 @@ def test_run_is_judged_on_its_own_films_folds_and_shuffled_labels_only(run):
     assert dict(zip(table["image"], table["label"])) == dict(zip(labels["image"], mixed))
 
 
+def test_shuffled_labels_are_named_with_every_figure_and_whatever_begins_with_them(run, capsys):
+    values = {**run.record, "shuffle_labels": True}
+    record = common.record_of(values, run.prepared._replace(note="labels edited"))
+    assert record["note"] == "labels SHUFFLED for a leak test; labels edited"
+    assert record["note"] in step.scope_of(run.table, run.folds, {**run.record, **record})
+    folder = common.runs_dir("mixed")
+    shutil.copytree(run.folder, folder)
+    common.write_json({**record, "run": "mixed"}, folder / "settings.json")
+    film = next((common.data_dir("phantom") / "raw").glob("*.pgm"))
+    said = command(*FLAGS, "--run", "mixed", "--image", str(film)).stderr
+    assert f"mixed: {record['note']}; it reads no film as others would" in said
+    best = {**run.trained[0], "record": {**record, "run": "mixed"}}
+    torch.save(best, folder / "fold-0" / "best.pt")
+    assert "labels SHUFFLED" in network.read_weights("mixed").name
+    shutil.rmtree(folder)
+
+
 def test_missing_unfinished_and_damaged_runs_end_with_one_message(run):
     assert re.search("nowhere.*cv", refusal(command("--run", "nowhere")))
     common.write_json(run.record, common.runs_dir("bad/settings.json"))

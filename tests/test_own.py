@@ -912,7 +912,7 @@ def test_20_a_run_begins_with_another_and_a_leak_is_refused(home, small, capsys)
     before = first.trained_model.state_dict()
     assert all(torch.equal(begun[name].cpu(), before[name].cpu()) for name in before)
     record = common.read_json(second.run_folder / "settings.json")
-    assert record["weights_used"].startswith("run first (phantom; none")
+    assert record["weights_used"].startswith("run first (phantom; none") and record["note"] == ""
     # back to the phantoms: fold 0 is the one that nothing saw, fold 1 was trained on
     back = run_main("04_train.py", run="back", source="phantom", weights="second", **quick)
     assert back.record["weights_used"].count("run ") == 2
