@@ -128,14 +128,18 @@ def marks(prepared):
     return pd.DataFrame({"films": prepared.table["digest"], "patients": patients})
 
 
-def weights_for(settings, fold, look, prepared):
+def weights_for(settings, fold, look, validation_films):
     """Load what a look of a fold begins with; refused if it saw a test film or patient of it."""
     weights = network.load_weights(settings.weights, fold, look)
-    test = prepared.splits["fold"] == fold
-    known = test & marks(prepared).isin(weights.seen).any(axis=1)
-    what = f"--weights {settings.weights}: {weights.name} was trained or chosen on {known.sum()} of"
+    prepared = validation_films.prepared
+    names, test = prepared.labels["image"], prepared.splits["fold"] == fold
+    seen = marks(prepared).isin(weights.seen).any(axis=1)
+    known = names[seen & test]
+    what = f"--weights {settings.weights}: {weights.name} was trained or chosen on {len(known)} of"
     what += f" the {test.sum()} test films of fold {fold}, or on their patients, and would know the"
-    common.refuse(prepared.labels["image"][known], f"{what} answers; take one that saw none of")
+    common.refuse(known, f"{what} answers; take one that saw none of")
+    what = f"validation films of fold {fold} are known to --weights: what they choose is too sure"
+    common.warn_of(names[seen & names.index.isin(validation_films.rows)], what)
     return weights
 
 
@@ -209,7 +213,7 @@ if settings.run and settings.run == settings.weights:
     raise UserError(f"the run {settings.run} cannot begin with itself; choose another --run")
 first_look = looks_of(settings, train_films.prepared)[0]
 with common.first_process_first():
-    weights = weights_for(settings, first_fold, first_look, train_films.prepared)
+    weights = weights_for(settings, first_fold, first_look, validation_films)
 values = filled_in(settings, train_films.prepared, weights)
 schedule = schedule_of(values)
 model, optimizer = network_and_optimizer(settings, weights)
@@ -575,7 +579,7 @@ with common.recorded(run_folder, record, settings):
             if fold != first_fold:
                 both = fold_films(train_films.prepared, fold, settings)
             if (fold, look) != (first_fold, first_look):
-                part = settings, fold, look, train_films.prepared
+                part = settings, fold, look, both[1]
                 start = weights_for(*part) if weights.seen else weights
                 made = network_and_optimizer(settings, start)
             part = (0, 1) if dealt else (rank, count)

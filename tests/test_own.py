@@ -916,6 +916,9 @@ def test_20_a_run_begins_with_another_and_a_leak_is_refused(home, small, capsys)
     # back to the phantoms: fold 0 is the one that nothing saw, fold 1 was trained on
     back = run_main("04_train.py", run="back", source="phantom", weights="second", **quick)
     assert back.record["weights_used"].count("run ") == 2
+    number = len(back.validation_films)
+    what = f"warning: {number} validation films of fold 0 are known to --weights: what they choose"
+    assert f"{what} is too sure: mdb" in capsys.readouterr().err
     with pytest.raises(common.UserError, match="test films of fold 1.*know the answers"):
         run_main("04_train.py", run="leak", source="phantom", weights="second", fold=1, **quick)
     file = str(common.runs_dir("first/fold-0/best.pt"))
