@@ -359,8 +359,8 @@ def operating_points(folds, recall, beside=True):
         scores = fold.probabilities(fold.validation["logits"], fold.validation, beside)
         positive = fold.validation["labels"].numpy() == MALIGNANT
         threshold = choose_threshold(scores[:, MALIGNANT], positive, recall)
-        rows.append((fold.number, threshold, int(positive.sum()), len(positive)))
-    return pd.DataFrame(rows, columns=["fold", "threshold", "malignant", "films"])
+        rows.append((fold.number, threshold, int(positive.sum()), len(positive), recall))
+    return pd.DataFrame(rows, columns=["fold", "threshold", "malignant", "films", "recall"])
 
 
 def above_threshold(predictions, thresholds):
@@ -492,7 +492,7 @@ def predict_run(folds, prepared, record, settings):
     -------
     predictions : DataFrame
         image, patient, fold, label, p_benign, p_normal, p_malignant (calibrated, judged beside the
-        patient's other breast), predicted, and the probabilities of each film alone.
+        patient's other breast), predicted, and the same of each film alone.
     reading : Reading
         In the same order.
     """
@@ -516,7 +516,8 @@ def predict_run(folds, prepared, record, settings):
         table[PROBABILITIES] = fold.probabilities(read.logits, test.table(), beside=True)
         p = table[PROBABILITIES].to_numpy()
         table["predicted"] = network.decide(p, fold.prior, settings.tempering)
-        table[ALONE] = fold.probabilities(read.logits, test.table(), beside=False)
+        table[ALONE] = p = fold.probabilities(read.logits, test.table(), beside=False)
+        table["alone_predicted"] = network.decide(p, fold.prior, settings.tempering)
         tables.append(table)
         readings.append(read)
     progress.close()
@@ -565,16 +566,14 @@ RANKED = ["AUC malignant", "AUC abnormal", "AUC benign/malignant", "specificity 
 RANKED += ["recall at the point", "specificity at the point"]
 
 
-def film_alone(predictions, folds, tempering):
+def film_alone(predictions):
     """Return the predictions as they are without the patient's other film."""
-    p, prior = predictions[ALONE].to_numpy(), {fold.number: fold.prior for fold in folds}
-    priors = np.stack([prior[fold] for fold in predictions["fold"]])  # (n, 3)
-    named = network.decide(p, priors, tempering)
-    return predictions.assign(**dict(zip(PROBABILITIES, p.T)), predicted=named)
+    alone = dict(zip(PROBABILITIES, predictions[ALONE].to_numpy().T))
+    return predictions.assign(**alone, predicted=predictions["alone_predicted"])
 
 
-part = film_alone(predictions, fold_models, settings.tempering)
-row = above_threshold(part, operating_points(fold_models, settings.recall, beside=False))
+part = film_alone(predictions)
+row = above_threshold(part, operating_points(fold_models, thresholds["recall"][0], beside=False))
 ways = {"beside the other breast": (predictions, recalled), "film alone": (part, row)}
 part = predictions[PROBABILITIES].to_numpy().argmax(1)
 ways["likeliest class"] = predictions.assign(predicted=part), None
@@ -798,7 +797,7 @@ tables = {"metrics": metrics, "metrics_film_alone": judged["film alone"]}
 tables["metrics_likeliest_class"] = four_ways["likeliest class"].dropna(how="all")
 summary.update({name: frame.T.to_dict() for name, frame in tables.items()})
 summary.update(pointing_game=pointing.T.to_dict(), calibration=calibration.to_dict())
-summary.update(wanted_recall=settings.recall, thresholds=thresholds.to_dict("records"))
+summary.update(wanted_recall=thresholds["recall"][0], thresholds=thresholds.to_dict("records"))
 summary["temperatures"] = [{"fold": f.number, **f.calibration} for f in fold_models]
 summary.update(tempering=settings.tempering, disclaimer=common.DISCLAIMER)
 common.write_json(summary, judged_run / "metrics.json")

@@ -1,6 +1,7 @@
 """Step 5 and the predictions of step 3: metrics, intervals, thresholds, maps, and a whole run."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import conftest
+import kernels
 import numpy as np
 import pandas as pd
 import pytest
@@ -460,7 +462,7 @@ def priors_of(run):
 
 def test_evaluation_writes_the_files_of_the_contract(run):
     columns = "image patient fold label p_benign p_normal p_malignant predicted".split()
-    assert list(run.table) == columns + ALONE and len(run.table) == 48
+    assert list(run.table) == [*columns, *ALONE, "alone_predicted"] and len(run.table) == 48
     joined = run.table.merge(run.prepared.splits, on=["image", "patient", "fold"])
     assert len(joined.merge(run.prepared.labels, on=["image", "patient", "label"])) == 48
     for p in (run.table[ALONE].to_numpy(), run.table[P].to_numpy()):
@@ -519,7 +521,7 @@ def test_every_film_is_predicted_by_the_model_that_never_saw_its_patient(run):
 
 def test_film_alone_puts_its_own_probabilities_in_place_and_leaves_the_rest(run):
     before = run.table.copy()
-    alone = step.film_alone(run.table, run.folds, 0.33)
+    alone = step.film_alone(run.table)
     assert (alone[P].to_numpy() == run.table[ALONE].to_numpy()).all()
     assert (alone["predicted"] == called(run.table[ALONE].to_numpy(), priors_of(run))).all()
     rest = [name for name in run.table if name not in (*P, "predicted")]
@@ -570,6 +572,15 @@ def test_table_of_the_other_breast_shows_both_ways_as_scikit_learn_has_them(run)
             assert low <= value <= high
 
 
+def test_a_setting_changed_after_predict_mixes_no_old_figures_with_new_ones(run):
+    names = dict(vars(run.done))
+    names["settings"] = dataclasses.replace(names["settings"], recall=0.5, tempering=1.0)
+    cells = kernels.split_cells(PROJECT / "05_evaluate.py")
+    exec(next(code for title, code in cells if title.startswith("Judged")), names)
+    pd.testing.assert_frame_equal(names["four_ways"], run.done.four_ways)
+    assert run.values["wanted_recall"] == names["thresholds"]["recall"][0] == 0.8
+
+
 def test_nothing_that_chooses_reads_a_test_patient(run):
     patients = run.prepared.splits.set_index("image")["patient"]
     assert [number for number, _ in run.reads] == [fold.number for fold in run.folds] == [0, 1, 2]
@@ -581,7 +592,7 @@ def test_nothing_that_chooses_reads_a_test_patient(run):
         assert len({len(part) for part in kept.values()}) == 1
         labels = kept["labels"].numpy()
         threshold = threshold_by_hand(fold, 0.8, alone=False)
-        wanted = [number, threshold, (labels == MALIGNANT).sum(), len(labels)]
+        wanted = [number, threshold, (labels == MALIGNANT).sum(), len(labels), 0.8]
         assert list(run.values["thresholds"][number].values()) == pytest.approx(wanted, rel=1e-3)
 
 
