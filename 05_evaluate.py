@@ -584,7 +584,8 @@ rows = {way: judged[way].loc[rows[way], ["value", "low", "high"]] for way in way
 four_ways = pd.concat(rows, axis=1)
 title = "{0.value:.2f} ({0.low:.2f} to {0.high:.2f})".format
 words = {way: part.dropna(how="all").apply(title, axis=1) for way, part in rows.items()}
-words = pd.DataFrame(words).reindex(DECIDED + RANKED).assign(claim=pd.Series(CLAIM))
+words.update({} if judged_record["source_used"] == "own" else {"claim": pd.Series(CLAIM)})
+words = pd.DataFrame(words).reindex(DECIDED + RANKED)
 common.table(words, f"judged in four ways, 95 % intervals over patients; {scope}")
 
 # %% Confusion: what is taken for what
@@ -775,11 +776,12 @@ for name, part in {"gradcam": reading.cams, "places": reading.places}.items():
 MODEL_CARD = """<p>{disclaimer}</p><ul><li>Data: {source_used}. {scope}</li>
 <li>Protocol: patients, never films, are split; validation patients choose the epoch, the
 temperature, the other breast's weight and the threshold; every test film is read once, by networks
-that never saw its patient; intervals are 95 % percentiles over resampled patients.</li>
+that never saw its patient; intervals are 95 % percentiles over resampled patients, by group and in
+the pointing game Wilson's over findings.</li>
 <li>Model: ResNet18, recipe {recipe}, looks: {looks}, weights: {weights_used}. Judged beside
 the patient's other breast where that is there; the figures of each film alone stand beside.</li>
-<li>Limits: one small database of film from the 1990s; labels of films, not of biopsies; few
-malignant films, hence wide intervals; no other hospital or scanner.</li></ul>"""
+<li>Limits: one database, no other hospital or scanner; few malignant films make wide intervals;
+MIAS is film of the 1990s, with labels of films, not of biopsies.</li></ul>"""
 
 summary, row = ("synthetic", "run", "recipe", "seed", "split_seed", "note"), metrics["value"]
 summary = {name: judged_record[name] for name in summary}

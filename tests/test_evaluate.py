@@ -550,6 +550,15 @@ def test_the_likeliest_class_stands_beside_the_decision(run):
         step.Settings(tempering=2)
 
 
+def test_the_claim_about_mias_stands_beside_no_other_database(run):
+    names = dict(vars(run.done))
+    assert names["words"]["claim"].notna().sum() == 3
+    names["judged_record"] = {**names["judged_record"], "source_used": "own"}
+    cells = kernels.split_cells(PROJECT / "05_evaluate.py")
+    exec(next(code for title, code in cells if title.startswith("Judged")), names)
+    assert list(names["words"]) == list(run.done.words)[:-1]
+
+
 def test_table_of_the_other_breast_shows_both_ways_as_scikit_learn_has_them(run):
     predictions, found = run.done.predictions, run.done.four_ways
     names = step.DECIDED + step.RANKED
