@@ -2145,7 +2145,7 @@ class Prepared(typing.NamedTuple):
         first = {"source": self.source, "films": len(self.films), "crop": self.crop}
         first["size"] = list(self.films.shape[1:])
         first["pixels_and_labels"] = self.fingerprint
-        first["split"] = fingerprint(self.splits.to_csv(index=False))
+        first["split"] = fingerprint(self.splits.to_csv(index=False, lineterminator="\n"))
         return {**first, "folds": int(self.splits["fold"].max()) + 1}
 
 
@@ -2244,7 +2244,8 @@ def load_prepared(source):
     names = findings["image"][denied].unique()
     warn_of(names, "films have findings that their edited labels deny, and that are not taught")
     findings = findings[~denied].reset_index(drop=True)
-    content = fingerprint(pixels, labels.to_csv(), findings.round(3).to_csv())
+    texts = (part.to_csv(lineterminator="\n") for part in (labels, findings.round(3)))
+    content = fingerprint(pixels, *texts)  # as on other systems
     return Prepared(source, folder, films, table, labels, findings, splits, content, *facts, note)
 
 
