@@ -2340,12 +2340,12 @@ def weights_file(name, fold=0, look=LOOKS[0]):
 
 
 def find_run(name=""):
-    """Return the folder of a run; by default of the one that was written to last."""
+    """Return the folder of a run; by default of the one that was trained last."""
     found = [path.parent for path in runs_dir().glob("*/settings.json")]
     if not found or name and runs_dir(name) not in found:
         there = f"there are: {listing(sorted(p.name for p in found))}" if found else "there is none"
         raise UserError(f"no run {name!r} in {runs_dir()}; {there}; python 04_train.py makes one")
-    newest = max(found, key=lambda folder: max(p.stat().st_mtime for p in folder.glob("*.*")))
+    newest = max(found, key=lambda folder: (folder / "settings.json").stat().st_mtime)
     return runs_dir(name) if name else newest
 
 
