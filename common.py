@@ -2324,10 +2324,10 @@ def weights_file(name, fold=0, look=LOOKS[0]):
     first. Of a fold the network of the look, if it has one.
     """
     path, *others = matching(name)
-    if path.is_file() and not others:
+    refuse(others, f"{name} stands for several files or folders, name one: {path} or")
+    if path.is_file():
         return path
-    folder = path if path.is_dir() and not others else runs_dir(str(name))
-    found = [*folder.glob("fold-*/best.pt")]
+    found = [*path.glob("fold-*/best.pt")] or [*runs_dir(str(name)).glob("fold-*/best.pt")]
     if not found:
         expected = f"a state dict FILE, or a run in {runs_dir()} that has a fold-K/best.pt"
         raise UserError(f"{name} is not there; expected {expected}; check the name and the folder")

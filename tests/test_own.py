@@ -995,6 +995,14 @@ def test_21_and_22_values_typed_in_a_cell_patterns_and_folders(home, monkeypatch
     assert ".tiff" in refused(common.named_films, str(home / "empty"))
     torch.save(ResNet(BasicBlock, [1] * 4).state_dict(), home / "net.pth")
     assert common.weights_file("~/*.pth") == common.weights_file("~/net.pth") == home / "net.pth"
+    best = common.runs_dir("cbis/fold-0/best.pt")
+    best.parent.mkdir(parents=True)
+    best.touch()
+    monkeypatch.chdir(home)
+    (home / "cbis").mkdir()  # films, say, in the folder that one works in
+    assert common.weights_file("cbis") == best
+    (home / "other.pth").touch()
+    assert "several files or folders" in refused(common.weights_file, "~/*.pth")
 
 
 def test_23_a_message_is_short_however_much_is_wrong(home):
