@@ -67,7 +67,7 @@ def fold_parts(prepared, fold, validation=0.2, train_share=1.0):
     rest = prepared.labels[~tested]
     kept = common.deal_patients(rest, round(1 / validation), seed=fold, fewest=1) == 0
     train = rest[~kept]
-    if train_share < 1:
+    if round(1 / train_share) > 1:
         train = train[common.deal_patients(train, round(1 / train_share), fold, fewest=1) == 0]
     rows = {"train": train.index, "validation": rest.index[kept]}
     rows["test"] = prepared.labels.index[tested]

@@ -547,7 +547,7 @@ def train_fold(state, folder, record):
         if done < epochs or done == began:
             why = "stopped early" if done < epochs else "was finished before"
             said = f"{words} {why}: {done} of {epochs} epochs are done, the best was {best}"
-            print(f"{said}; --resume with larger --epochs or --patience goes on")
+            print(f"{said}; --resume with larger --patience (or --epochs, if all are done) goes on")
         return True  # the stop button leads past this line
     saved = f"the state of epoch {state.saved} is saved" if state.saved else "no state is saved yet"
     print(f"\nstopped; {saved}")

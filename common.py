@@ -200,7 +200,7 @@ class ScriptSettings:
 class SeedSettings(ScriptSettings):
     """What most scripts have."""
 
-    seed: int = 0  # of every random choice in this script
+    seed: int = 0  # of every random choice in this script (validation patients: by the fold)
 
 
 @dataclasses.dataclass
@@ -2432,13 +2432,12 @@ def record_of(values, prepared):
 
     Enough to repeat the run, and to refuse going on with it on other data.
     """
-    usual = usual_range(prepared.table)
     record = {**values, "source_used": prepared.source, "synthetic": prepared.source == "phantom"}
     record.update(class_names=list(CLASS_NAMES), film_bits=int(prepared.table["bits"].max()))
     notes = ["labels SHUFFLED for a leak test" if values["shuffle_labels"] else "", prepared.note]
     record.update(split_seed=prepared.split_seed, note="; ".join(filter(None, notes)))
     record["data"] = prepared.identity()
-    record["film_statistics"] = {name: list(usual.loc[name]) for name in STATISTICS}
+    record["film_statistics"] = usual_range(prepared.table).T.to_dict("list")
     return {**record, "torch": str(torch.__version__), "disclaimer": DISCLAIMER}
 
 

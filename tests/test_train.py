@@ -841,6 +841,22 @@ def test_a_run_goes_on_with_its_own_source_whatever_was_prepared_last(tiny):
         go_on(source="mias")
 
 
+def test_the_newest_run_is_the_one_trained_last_whatever_was_judged_since(tiny):
+    for age, name in enumerate(("last", "first")):
+        note_run(tiny, name)
+        past = 1e9 - age
+        os.utime(common.runs_dir(name) / "settings.json", (past, past))
+    for name in ("predictions.csv", "metrics.json", "report.html"):
+        (common.runs_dir("first") / name).touch()
+    assert common.find_run() == common.runs_dir("last")
+    assert common.find_run("first") == common.runs_dir("first")
+
+
+def test_what_was_prepared_is_known_again_on_a_system_of_other_line_ends(tiny, monkeypatch):
+    monkeypatch.setattr(os, "linesep", "\r\n")
+    assert common.load_prepared("phantom").identity() == tiny.identity()
+
+
 def test_a_run_of_an_earlier_version_is_refused_in_one_message(tiny):
     record = note_run(tiny, "old")
     del record["looks"]
@@ -856,6 +872,9 @@ def test_a_gradient_norm_of_zero_switches_its_limit_off(tiny):
 
 
 def test_the_share_of_patients_that_was_used_is_said_and_noted(tiny, capsys):
+    for share, nearest in {0.7: 1.0, 0.6: 0.5}.items():
+        films, all_films = (data.fold_parts(tiny, 0, train_share=s)["train"] for s in (share, 1))
+        assert len(films) == pytest.approx(nearest * len(all_films), rel=0.1)
     record = common.read_json(train(run="part", train_share=0.6).run_folder / "settings.json")
     parts, patients = data.fold_parts(tiny, 0, train_share=0.6), tiny.labels["patient"]
     train_part, kept, test = (patients[parts[n]].nunique() for n in parts)
