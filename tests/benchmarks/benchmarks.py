@@ -370,7 +370,7 @@ def epoch_against_bare(prepared, settings):
         state = new_state(prepared, settings, freeze, look=look)
 
         def validate(progress, state=state):
-            with mock.patch.object(network, "predict", partial(network.predict, progress=progress)):
+            with mock.patch.object(network, "predict", partial(network.predict, bar=progress)):
                 steps.validate(state)
 
         sides = (
