@@ -185,7 +185,7 @@ common.show(figure, common.data_dir(source) / "figures" / "crops.png")
 
 # %% Place every film: on all cores, into one array that lies on the disk
 # Row n of `films` tells how canvas n came about, and what is odd about it. Films of more than 8
-# bits are brought to 8 on one scale for the whole set.
+# bits are brought to 8 on one scale for the whole set, DICOM by each film's own window or table.
 options = {"crop": settings.crop, "shape": (1024, 1024) if source == "mias" else None}
 paths, part = common.match_films(labels, files)
 common.warn_of(part, "films have no label and are left out")
@@ -230,7 +230,7 @@ common.table(usable[common.STATISTICS].describe().round(3), f"{len(usable)} film
 
 
 # %% Split patients, never films: no patient is on both sides
-# Two breasts of one woman are alike; a model that saw one in training knows the other. Patients
+# Two breasts of one woman are alike; a model that saw one in training may know the other. Patients
 # are dealt out by the worse label of their films, so that every part has its share of each class.
 # How many test films would have their patient among the training films, were films dealt out?
 def known_share(patients, fold):
@@ -381,7 +381,7 @@ print(f"{len(prepared.films)} films in {prepared.folder}")
 common.announce(prepared)
 
 # %% What was prepared: classes by tissue, findings by type, classes in each fold
-# Tissue and class have nothing to do with each other in MIAS; calcifications are as often malignant
+# Tissue and class show no clear association in MIAS; calcifications are as often malignant
 # as benign; and every fold has its share of each class.
 shown = [name for name in common.CLASS_NAMES if name in set(prepared.labels["label_name"])]
 fold_mix = pd.crosstab(prepared.splits["fold"], prepared.labels["label_name"])[shown]

@@ -35,7 +35,7 @@ class Settings(common.BatchSettings):
     script = "02_dataset.py"
     source: str = "auto"  # mias, phantom, own; auto: what was prepared last
     fold: str = "0"  # the fold that is the test set; in step 4 also several (0,2), all or none
-    validation: float = 0.2  # share of the other patients: 1/2, 1/3, 1/4, 1/5 ... is nearest
+    validation: float = 0.2  # share of the other patients: taken as 1/2, 1/3, 1/4, 1/5 ...
     train_share: float = 1.0  # of the training patients, 1, 1/2, 1/3 ...: for a learning curve
     augment: float = 1.0  # multiplies the strengths of the augmentation; 0 switches it off
 
@@ -238,7 +238,7 @@ if __name__ == "__main__":
 
 # %% The sampler's effect: classes drawn in one epoch, with and without it
 # Drawn by chance, two of three films of an epoch are normal; by the sampler, each class is a third.
-# The price: each malignant film is seen twice an epoch.
+# The price: a malignant film is drawn about twice an epoch, a normal one every second epoch.
 if __name__ == "__main__":
     rows = list(balanced_sampler(dataset.labels, torch.Generator().manual_seed(0)))
     epoch_mix = {"without": dataset.labels, "with the sampler": dataset.labels[rows]}

@@ -167,7 +167,7 @@ if __name__ == "__main__":
 
 # %% The weights it begins with: torchvision's ImageNet weights, a file, a run, or a random start
 # Filters learned on a million photographs see edges and textures on films too; 322 films alone
-# teach none of it. A large database teaches more: a run remembers which films and patients it was
+# teach little of it. A large database teaches more: a run remembers which films and patients it was
 # trained or chosen on, so that step 4 can refuse a leak. Nothing that is read can run code.
 class Weights(NamedTuple):
     """What a network begins with."""
@@ -365,7 +365,7 @@ if __name__ == "__main__":
 
 # %% The other breast: a film is judged beside the same patient's other one
 # Breasts of one woman are alike, so that what both show is her tissue and what one shows is news:
-# a film's logits are raised by what they exceed the other's, times a weight. How much that says
+# to a film's logits a weight times their excess over the other's is added. How much that says
 # depends on how films were collected, so validation films choose the weight.
 def beside_other_breast(logits, films, weight=1.0):
     """Judge films against the same patient's other breast.
@@ -393,7 +393,7 @@ if __name__ == "__main__":
 # %% Probabilities that mean what they say: one film under three priors and temperatures
 # Training saw the classes equally often: Bayes' rule puts their frequency back in, and a
 # temperature chosen on validation films mends what is too sure (Guo, Pleiss, Sun and Weinberger,
-# ICML 2017). What a film is called favours rare classes, or nearly every film would be normal.
+# ICML 2017). The decision favours rare classes, or nearly every film would be called normal.
 def calibrated(logits, temperature, prior):
     """Return logits / temperature + log(prior), (n, 3); `prior` (3,): how frequent classes are."""
     return torch.as_tensor(logits) / temperature + prior.log()

@@ -91,8 +91,8 @@ def shares_used(train_films, validation_films, fold):
     train, kept = ({*films.table()["patient"]} for films in (train_films, validation_films))
     splits = train_films.prepared.splits
     there = {*splits["patient"][splits["fold"] != fold]}
-    what = f"training, validation and test films of fold {fold} may have no patient in common; take"
-    common.refuse(sorted(train & kept | (train | kept) - there), f"{what} others than films of")
+    what = f"training, validation and test films of fold {fold} may have no patient in common"
+    common.refuse(sorted(train & kept | (train | kept) - there), f"{what}; leave out films of")
     used = len(kept) / len(there), len(train) / len(there - kept)
     return dict(zip(("validation_used", "train_share_used"), used))
 
@@ -129,7 +129,10 @@ def marks(prepared):
 
 
 def weights_for(settings, fold, look, validation_films):
-    """Load what a look of a fold begins with; refused if it saw a test film or patient of it."""
+    """Load what a look of a fold begins with; refused if it saw a test film or patient of it.
+
+    Validation films that it saw are named in a warning.
+    """
     weights = network.load_weights(settings.weights, fold, look)
     prepared = validation_films.prepared
     names, test = prepared.labels["image"], prepared.splits["fold"] == fold
@@ -138,7 +141,7 @@ def weights_for(settings, fold, look, validation_films):
     what = f"--weights {settings.weights}: {weights.name} was trained or chosen on {len(known)} of"
     what += f" the {test.sum()} test films of fold {fold}, or on their patients, and would know the"
     common.refuse(known, f"{what} answers; take one that saw none of")
-    what = f"validation films of fold {fold} are known to --weights: what they choose is too sure"
+    what = f"validation films of fold {fold} were seen by --weights, and will judge it too well"
     common.warn_of(names[seen & names.index.isin(validation_films.rows)], what)
     return weights
 
@@ -310,8 +313,8 @@ print(f"a batch {tuple(batch[0].shape)} before training: loss {rows[0].item():.3
 
 # %% What an untrained network scores: little more than always answering "normal"
 # Films are judged beside the other breast, as they are in the end: that one's weight and the
-# temperature are fitted on the validation films, and their loss with these chooses the epoch. It
-# judges how well films are ranked, not how loud the logits are.
+# temperature are fitted on the validation films, and their loss with these chooses the epoch, so
+# that mere overconfidence does not. What is chosen and judged on the same films looks too good.
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 
 
@@ -372,7 +375,7 @@ common.table(pd.Series(rows).round(3).to_frame("untrained"), title)
 # %% A fold's state: all that changes while it trains, so that it can be saved and taken up
 # Single weights are noisy at 25 steps an epoch; their average over the last steps is not. The
 # average is what is validated and kept: best.pt has all that it takes to judge a film, last.pt all
-# that it takes to go on, bit for bit.
+# that it takes to go on, on a CPU bit for bit.
 class FoldState:
     """A fold in training with one look; `rank` of `count` processes that train it together.
 
@@ -564,6 +567,7 @@ settings = common.taken_up(settings, train_films.prepared)
 values = filled_in(settings, train_films.prepared, weights)
 part = (*WAITS, "run", "resume", "overwrite")  # may change since the network was made
 rows = [name for name in values if name not in part and values[name] != record.get(name)]
+rows = rows if "weights_used" in record else ["the films"]  # after the cell of the network
 common.refuse(rows, "run the cells from 'The films of the first fold' on again, for changed are")
 if any(values[name] != record[name] for name in WAITS):
     schedule = schedule_of(values)

@@ -186,9 +186,9 @@ def patient_weights(patients, folds, resamples, seed):
     return np.vstack([np.ones((1, len(index))), drawn[:, index], *alone]).astype(np.float32)
 
 
-def summarise(values, resamples):
+def summarise(values, folds=1):
     """Return value, low, high (95 %), fold mean and fold standard deviation of every metric."""
-    drawn, alone = values.iloc[1 : 1 + resamples], values.iloc[1 + resamples :]
+    drawn, alone = values.iloc[1:-folds], values.iloc[-folds:]
     low, high = drawn.quantile(0.025), drawn.quantile(0.975)
     table = pd.DataFrame({"value": values.iloc[0], "low": low, "high": high})
     return table.assign(**{"fold mean": alone.mean(), "fold sd": alone.std()})
@@ -197,14 +197,15 @@ def summarise(values, resamples):
 part = pd.concat([made_up, made_up])  # every film of a patient once more: nothing new is known
 rows = {"over patients": part["patient"], "over films": np.arange(len(part))}
 rows = {name: patient_weights(rows[name], np.zeros(len(part)), 500, 0) for name in rows}
-rows = {name: summarise(measure(part, None, rows[name]), 500)[["low", "high"]] for name in rows}
+rows = {name: summarise(measure(part, None, rows[name]))[["low", "high"]] for name in rows}
 rows = pd.concat(rows, axis=1).loc[["accuracy", "AUC malignant", "malignant recall"]]
 common.table(rows.round(2), "films of a patient doubled: resampled films claim to know more")
 
 
 # %% Compare runs: settings.compare = ("RUN1", "RUN2"), or more that repeat one another
 # The interval of a difference, over the same resampled patients, is much narrower than two
-# intervals side by side. Does it hold 0, the difference may be chance.
+# intervals side by side. If it holds 0, the difference may be chance. It is that of other patients:
+# what another training of the same networks would change is not in it.
 def compare_runs(names, resamples, seed):
     """Put evaluated runs side by side, film by film, over the same resampled patients.
 
@@ -231,7 +232,7 @@ def compare_runs(names, resamples, seed):
     weights = patient_weights(tables[0]["patient"], np.zeros(len(films)), resamples, seed)
     values = [measure(table, None, weights) for table in tables]
     two = len(names) == 2
-    last = summarise(values[1] - values[0] if two else sum(values) / len(values), resamples)
+    last = summarise(values[1] - values[0] if two else sum(values) / len(values))
     comparison = pd.DataFrame({name: v.iloc[0] for name, v in zip(names, values)})
     comparison["difference" if two else "mean"] = last["value"]
     comparison = comparison.assign(low=last["low"], high=last["high"])
@@ -244,7 +245,7 @@ if settings.compare:
     common.table(comparison.round(3), title)
     rows = [common.record_in(common.runs_dir(name)) for name in settings.compare]
     for name in sorted({row["note"] for row in rows} - {""}):
-        common.warn(f"compared on edited data: {name}")
+        common.warn(f"compared are runs of which is noted: {name}")
     if any(row["synthetic"] for row in rows):
         common.banner("SYNTHETIC PHANTOMS: this comparison says nothing about mammograms.")
     print(common.DISCLAIMER)
@@ -339,9 +340,9 @@ common.table(chosen_on_validation.round(2), f"run {judged_run.name}: chosen on v
 
 
 # %% The operating point: a threshold that validation patients choose, before a test film is read
-# Screening asks for a recall, and takes the specificity that comes with it. The threshold is chosen
-# on validation films, so that the recall on test films is a result, not a choice. A film at or
-# above it is recalled: called back for a second look.
+# Screening fixes a sensitivity (recall) and takes the specificity that comes with it. The threshold
+# is chosen on validation films, so that the recall on test films is a result, not a choice. A film
+# at or above it is recalled: called back for a second look.
 def choose_threshold(scores, positive, recall):
     """Return the highest threshold that a share `recall` of positives (bool) lies at or above.
 
@@ -375,8 +376,8 @@ part = int(thresholds["malignant"].min())
 if not part:
     print("Without malignant validation films no threshold can be chosen: every film is recalled.")
 elif part * (1 - settings.recall) < 1:
-    title = f"That cannot be promised: all of a fold's {part} malignant validation films found"
-    print(f"{title} leave it between {wilson(part, part)[0]:.2f} and 1.")
+    title = f"That is not promised: even if all of a fold's {part} malignant validation films are"
+    print(f"{title} found, it may be {wilson(part, part)[0]:.2f} to 1.")
 
 
 # %% A film of your own: settings.image = "film.png", then run this cell
@@ -384,7 +385,8 @@ elif part * (1 - settings.recall) < 1:
 # better than the others, so the probabilities of all folds are averaged, but for those that know
 # the film (it is one of this run's own). A film from another scanner may look like nothing that the
 # network knows, and it would answer all the same: that cannot be forbidden, but it is said.
-# Probabilities of a model are no diagnosis.
+# Probabilities hold where classes are as frequent as in the training films (in screening, cancers
+# are far fewer), and are no diagnosis.
 def place_own_films(paths, settings, record):
     """Return the canvases of films, an array on the disk, and their rows as in films.csv."""
     size, crop = tuple(record["data"]["size"]), record["data"]["crop"]
@@ -474,7 +476,7 @@ if settings.image:
         common.show(figure, judged_run / "own-films" / f"{number:02d}-{Path(name).stem}.png")
         figure.clear()  # or its pictures would stay in memory for a while
     if judged_record["note"]:
-        common.warn(f"{judged_run.name}: {judged_record['note']}; it reads no film as others would")
+        common.warn(f"the run {judged_run.name} was trained so: {judged_record['note']}")
     if judged_record["synthetic"]:
         common.banner("THIS RUN WAS TRAINED ON SYNTHETIC PHANTOMS: its reading means nothing.")
     common.end_here()
@@ -539,6 +541,7 @@ def scope_of(predictions, folds, record):
 
 prepared = common.open_prepared(judged_record["source_used"])
 predictions, reading = predict_run(fold_models, prepared, judged_record, settings)
+tempering = settings.tempering  # that these films were named with
 common.write_csv(predictions.round(6), judged_run / "predictions.csv")
 label, scope = predictions["label"], scope_of(predictions, fold_models, judged_record)
 title = f"the first predictions; 0 benign, 1 normal, 2 malignant; {scope}"
@@ -551,7 +554,7 @@ common.table(predictions.head(6).round(3), title)
 recalled = above_threshold(predictions, thresholds)
 part = predictions["patient"], predictions["fold"]
 draws = patient_weights(*part, settings.resamples, settings.seed)
-metrics = summarise(measure(predictions, recalled, draws), settings.resamples)
+metrics = summarise(measure(predictions, recalled, draws), len(fold_models))
 title = f"test metrics, 95 % intervals over patients (-: there are no such films); {scope}"
 common.table(metrics.round(3), title)
 
@@ -564,27 +567,20 @@ common.table(metrics.round(3), title)
 DECIDED = ["accuracy", "balanced accuracy", "macro F1", *(f"{name} recall" for name in CLASS_NAMES)]
 RANKED = ["AUC malignant", "AUC abnormal", "AUC benign/malignant", "specificity at recall 0.95"]
 RANKED += ["recall at the point", "specificity at the point"]
-
-
-def film_alone(predictions):
-    """Return the predictions as they are without the patient's other film."""
-    alone = dict(zip(PROBABILITIES, predictions[ALONE].to_numpy().T))
-    return predictions.assign(**alone, predicted=predictions["alone_predicted"])
-
-
-part = film_alone(predictions)
+part = dict(zip(PROBABILITIES, predictions[ALONE].to_numpy().T))
+part = predictions.assign(**part, predicted=predictions["alone_predicted"])
 row = above_threshold(part, operating_points(fold_models, thresholds["recall"][0], beside=False))
 ways = {"beside the other breast": (predictions, recalled), "film alone": (part, row)}
 part = predictions[PROBABILITIES].to_numpy().argmax(1)
 ways["likeliest class"] = predictions.assign(predicted=part), None
 ways["always normal"] = predictions.assign(predicted=NORMAL), None
-judged = {way: summarise(measure(*ways[way], draws), settings.resamples) for way in ways}
+judged = {way: summarise(measure(*ways[way], draws), len(fold_models)) for way in ways}
 rows = {way: DECIDED + (RANKED if ways[way][1] is not None else []) for way in ways}
 rows = {way: judged[way].loc[rows[way], ["value", "low", "high"]] for way in ways}
 four_ways = pd.concat(rows, axis=1)
 title = "{0.value:.2f} ({0.low:.2f} to {0.high:.2f})".format
 words = {way: part.dropna(how="all").apply(title, axis=1) for way, part in rows.items()}
-words.update({} if judged_record["source_used"] == "own" else {"claim": pd.Series(CLAIM)})
+words.update({"claim": pd.Series(CLAIM)} if judged_record["source_used"] == "mias" else {})
 words = pd.DataFrame(words).reindex(DECIDED + RANKED)
 common.table(words, f"judged in four ways, 95 % intervals over patients; {scope}")
 
@@ -620,10 +616,10 @@ axis.legend(fontsize=8, loc="lower right")
 common.show(figure, judged_run / "figures" / "roc.png", scope)
 
 
-# %% Calibration: do probabilities mean what they say, before and after the temperature
-# Of films whose highest probability is 0.7, seven in ten should be right. Before: logits as
-# trained, twice a film's own minus the other breast's. After: with that one's fitted weight, class
-# frequencies and temperature (Guo et al., ICML 2017).
+# %% Calibration: do probabilities mean what they say, before and after it
+# Of films whose highest probability is 0.7, seven in ten should be of that class. Before: logits as
+# trained, the other breast's weight 1. After: with its fitted weight, the classes' frequencies and
+# the temperature (Guo et al., ICML 2017); which of them helped is not told apart here.
 from sklearn.calibration import CalibrationDisplay
 
 
@@ -656,9 +652,9 @@ common.show(figure, judged_run / "figures" / "calibration.png", f"Reliability; {
 
 
 # %% By group: which findings, tissues and sizes are found, and which are missed
-# One average hides much: small lesions, calcifications and dense tissue are what is missed. A
+# One average hides much: are small lesions, calcifications and dense tissue what is missed? A
 # finding counts as found if its film is called abnormal, wherever the network looked. n is small in
-# each group, so the intervals are wide.
+# each group, so the intervals are wide, and would be wider still over patients.
 def by_group(predictions, prepared):
     """Return the recall by finding type, tissue and lesion radius, with Wilson intervals.
 
@@ -735,9 +731,10 @@ common.table(pointing.round(3), f"pointing game over {len(points)} usable circle
 
 
 # %% Hits, misses, false alarms: the films that a reader should see first
-# What it found, what it missed, and where it cried wolf, with Grad-CAM and with the map of places.
-# Canvas and maps are shown where they lie on the film as the radiologist knows it, unmirrored and
-# uncropped.
+# What it found, what it missed, and where it cried wolf, with Grad-CAM and with the map of places:
+# both of the likelier of benign and malignant, each at its brightest where it is highest on that
+# film, so that maps of two films do not compare. Canvas and maps are shown where they lie on the
+# film as the radiologist knows it, unmirrored and uncropped.
 def draw_film(axis, image, heat, prepared):
     """Draw a prepared film, a map (h, w) over its canvas and its circles, in film pixels."""
     row = prepared.table[prepared.table["image"] == image].iloc[0]
@@ -777,11 +774,11 @@ MODEL_CARD = """<p>{disclaimer}</p><ul><li>Data: {source_used}. {scope}</li>
 <li>Protocol: patients, never films, are split; validation patients choose the epoch, the
 temperature, the other breast's weight and the threshold; every test film is read once, by networks
 that never saw its patient; intervals are 95 % percentiles over resampled patients, by group and in
-the pointing game Wilson's over findings.</li>
+the pointing game Wilson's over films and findings.</li>
 <li>Model: ResNet18, recipe {recipe}, looks: {looks}, weights: {weights_used}. Judged beside
 the patient's other breast where that is there; the figures of each film alone stand beside.</li>
 <li>Limits: one database, no other hospital or scanner; few malignant films make wide intervals;
-MIAS is film of the 1990s, with labels of films, not of biopsies.</li></ul>"""
+probabilities, PPV and NPV are for its share of classes; screening has fewer cancers.</li></ul>"""
 
 summary, row = ("synthetic", "run", "recipe", "seed", "split_seed", "note"), metrics["value"]
 summary = {name: judged_record[name] for name in summary}
@@ -789,7 +786,7 @@ summary.update(source=judged_record["source_used"], weights=judged_record["weigh
 summary.update(n=len(predictions), patients=predictions["patient"].nunique())
 summary.update(folds=sorted(fold.number for fold in fold_models))
 summary.update(folds_of_the_split=judged_record["data"]["folds"])
-summary.update(shuffled_labels=judged_record["shuffle_labels"], resamples=settings.resamples)
+summary.update(shuffled_labels=judged_record["shuffle_labels"], disclaimer=common.DISCLAIMER)
 summary.update(accuracy=row["accuracy"], macro_f1=row["macro F1"])
 summary["malignant_recall"] = row["malignant recall"]
 summary["recall_per_class"] = {name: row[f"{name} recall"] for name in CLASS_NAMES}
@@ -801,7 +798,7 @@ summary.update({name: frame.T.to_dict() for name, frame in tables.items()})
 summary.update(pointing_game=pointing.T.to_dict(), calibration=calibration.to_dict())
 summary.update(wanted_recall=thresholds["recall"][0], thresholds=thresholds.to_dict("records"))
 summary["temperatures"] = [{"fold": f.number, **f.calibration} for f in fold_models]
-summary.update(tempering=settings.tempering, disclaimer=common.DISCLAIMER)
+summary.update(tempering=tempering, resamples=len(draws) - 1 - len(fold_models))
 common.write_json(summary, judged_run / "metrics.json")
 
 

@@ -200,7 +200,7 @@ class ScriptSettings:
 class SeedSettings(ScriptSettings):
     """What most scripts have."""
 
-    seed: int = 0  # of every random choice in this script (validation patients: by the fold)
+    seed: int = 0  # of every random choice in this script; a fold's parts hang on its number
 
 
 @dataclasses.dataclass
@@ -2324,7 +2324,7 @@ def weights_file(name, fold=0, look=LOOKS[0]):
     first. Of a fold the network of the look, if it has one.
     """
     path, *others = matching(name)
-    refuse(others, f"{name} stands for several files or folders, name one: {path} or")
+    refuse(others, f"name one file or folder; {name} stands for {path} and also")
     if path.is_file():
         return path
     found = [*path.glob("fold-*/best.pt")] or [*runs_dir(str(name)).glob("fold-*/best.pt")]
@@ -2340,7 +2340,7 @@ def weights_file(name, fold=0, look=LOOKS[0]):
 
 
 def find_run(name=""):
-    """Return the folder of a run; by default of the one that was trained last."""
+    """Return the folder of a run; by default of the one begun or resumed last."""
     found = [path.parent for path in runs_dir().glob("*/settings.json")]
     if not found or name and runs_dir(name) not in found:
         there = f"there are: {listing(sorted(p.name for p in found))}" if found else "there is none"

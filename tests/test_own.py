@@ -917,8 +917,8 @@ def test_20_a_run_begins_with_another_and_a_leak_is_refused(home, small, capsys)
     back = run_main("04_train.py", run="back", source="phantom", weights="second", **quick)
     assert back.record["weights_used"].count("run ") == 2
     number = len(back.validation_films)
-    what = f"warning: {number} validation films of fold 0 are known to --weights: what they choose"
-    assert f"{what} is too sure: mdb" in capsys.readouterr().err
+    what = f"warning: {number} validation films of fold 0 were seen by --weights, and will judge it"
+    assert f"{what} too well: mdb" in capsys.readouterr().err
     with pytest.raises(common.UserError, match="test films of fold 1.*know the answers"):
         run_main("04_train.py", run="leak", source="phantom", weights="second", fold=1, **quick)
     file = str(common.runs_dir("first/fold-0/best.pt"))
@@ -1002,7 +1002,7 @@ def test_21_and_22_values_typed_in_a_cell_patterns_and_folders(home, monkeypatch
     (home / "cbis").mkdir()  # films, say, in the folder that one works in
     assert common.weights_file("cbis") == best
     (home / "other.pth").touch()
-    assert "several files or folders" in refused(common.weights_file, "~/*.pth")
+    assert "name one file or folder" in refused(common.weights_file, "~/*.pth")
 
 
 def test_23_a_message_is_short_however_much_is_wrong(home):
