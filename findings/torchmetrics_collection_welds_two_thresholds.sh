@@ -9,9 +9,9 @@
 #            whatever their thresholds; reset() keeps the groups. From then on one member of a group
 #            is updated, and both recalls are its: 0.75 and 0.75, where 0.75 and 0.25 are right.
 # Remedy:    MetricCollection(..., compute_groups=False).
-# Matters:   a network says 0.5 of everything at first, and the first batch (Lightning checks one
-#            before it trains) lies on one side of all operating points. The sensitivities at two of
-#            them are then one number in every epoch, and nothing warns.
+# Matters:   a network says 0.5 of everything at first, so that the first batch of validation (Lightning
+#            checks two before it trains) lies on one side of all operating points. The sensitivities
+#            at two of them are then one number in every epoch, and nothing warns.
 # Source:    torchmetrics/collections.py, _merge_compute_groups and _equal_metric_states: states are
 #            compared by name and value, arguments are not.
 # Exits 1 where what is seen is no longer so.

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# CLAHE of a film of 12 or 16 bits is the same for every clip limit from 1 to 31, and makes 12 bits 14.
+# CLAHE of a film of 12 bits, reduced to 512 x 512, is the same for every clip limit from 1 to 31.
 #
 # Versions:  opencv-python-headless 5.0.0.93, numpy 2.4.6.
 # Expected:  clip limits of 1, 2, 4, 8 and 16 give more and more contrast, as at 8 bits; a film of 12
 #            bits (0 to 4095) stays one.
-# Seen:      a film of 512 x 512 with 8 x 8 tiles: at 8 bits each limit gives another picture; at 16 all
-#            from 1 to 31 give one, byte for byte, and its brightest pixel is above 8191. The limit is
-#            multiplied by the pixels of a tile (4,096) and divided by the 65,536 bins of 16 bits, cut
-#            to a whole number, and is then 1 at least: 32 is the first that makes 2.
-# Matters:   mammograms have 12 to 16 bits. Who tunes the limit on them compares equal pictures, and
+# Seen:      with 8 x 8 tiles, at 8 bits, no other limit gives the picture of limit 1; in uint16 all
+#            from 1 to 31 give it, byte for byte, and its brightest pixel needs 14 bits. The limit is
+#            multiplied by the pixels of a tile (4,096 here) and divided by the 65,536 bins of uint16,
+#            cut to a whole number, and is then 1 at least: 32 is the first that makes 2. From
+#            2048 x 2048 on, with as many tiles, every whole limit counts.
+# Matters:   who tunes the limit on films of the size of a network's compares equal pictures, and the
 #            values of tutorials (2 to 4, made for 8 bits) do nothing.
 # Source:    opencv, modules/imgproc/src/clahe.cpp, CLAHE_Impl::apply.
 # Exits 1 where what is seen is no longer so.
@@ -35,5 +36,5 @@ for name, picture in {"8 bits": (film >> 4).astype(np.uint8), "12 bits in 16": f
     kinds[name] = as_one, int(made[1].max())
     print(f"{name:<14} brightest {picture.max()} -> {made[1].max()}; as with limit 1: {as_one}")
 same = kinds["8 bits"][0] == [1] and kinds["12 bits in 16"][0] == [1, 2, 4, 8, 16, 31]
-sys.exit(0 if same and film.max() <= 4095 < 8191 < kinds["12 bits in 16"][1] else 1)
+sys.exit(0 if same and film.max() <= 4095 and 8191 < kinds["12 bits in 16"][1] <= 16383 else 1)
 PYTHON
