@@ -1381,7 +1381,7 @@ def checked_labels(table, rest, classes, path):
     return label.astype(int)
 
 
-MISSING = r"n/?a|nan|none|null|unknown|\W+|-\d+|anon\w*|de-?identified|removed|x+|[\d.,]+e\+\d+"
+MISSING = r"n/?a|nan|none|null|unknown|\W+|-\d+|anon\D*|de-?identified|removed|x+|[\d.,]+e\+\d+"
 
 
 def same_patients(names):
@@ -1632,12 +1632,12 @@ def read_own_labels(path, files=None, classes="", patient_from=""):
             table[role] = values
     name = table["image"].map(lambda image: names.get(image, image))  # of the file: it says more
     if patient_from:
+    if "patient" in table and re.fullmatch(MISSING, "\n".join({*table["patient"].str.lower()})):
+        table = table.drop(columns="patient")  # one word such as removed for all
         found = patients_from(patient_from, name)
         parted = found.groupby(table.get("patient", found)).nunique()
         warn_of(parted.index[parted > 1], f"patients of {path} are parted by --patient-from")
         table["patient"] = found
-    if "patient" in table and table["patient"].str.lower().str.fullmatch(MISSING).all():
-        table = table.drop(columns="patient")
     if "patient" in table:
         without = table.index[table["patient"] == ""]
         refuse(without, f"{path}: fill the column patient or leave it out; no patient in line")

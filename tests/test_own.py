@@ -129,9 +129,9 @@ def test_3_a_patient_written_in_two_ways_is_one_and_said(home, capsys):
     assert "same patients" in capsys.readouterr().err
     labels_of(home, "image,label,patient\na,benign,NA\nb,normal,NA\nc,normal,2.0\nd,normal,2")
     assert "2 films of patient NA count as one" in capsys.readouterr().err
-    text = "image;label;patient\na;benign;1,2345E+11\nb;normal;ANON12\nc;normal;-1\nd;normal;3"
+    text = "image;label;patient\na;benign;1,2345E+11\nb;normal;ANONYMOUS\nc;normal;-1\nd;normal;3"
     labels_of(home, text)
-    assert "patient 1,2345E+11, ANON12, -1 count as one" in capsys.readouterr().err
+    assert "patient 1,2345E+11, ANONYMOUS, -1 count as one" in capsys.readouterr().err
     found = labels_of(home, "image,label,patient\na,benign,P1\nb,normal,P-1\nc,normal,p_01\n")
     assert found["patient"].nunique() == 1 and "P-1, P1, p_01" in capsys.readouterr().err
 
@@ -149,6 +149,17 @@ def test_3_a_film_saved_again_under_another_patient_is_named(home, capsys):
     assert "2 pairs of films look alike" in said and "f00 and f01, f02 and f03" in said
     table(
         home, "\n".join(["image,label,patient", *(f"{r}p{n // 2}" for n, r in enumerate(twelve))])
+def test_3_numbered_or_rounded_patients_stay_patients_and_a_constant_is_none(home, capsys):
+    rows = [f"f{n},{common.CLASS_NAMES[n % 3]}," for n in range(12)]
+    for name, asked in {"ANON{:04d}": False, "2.0190{}E+11": True, "removed": True}.items():
+        lines = [row + name.format(n // 2) for n, row in enumerate(rows)]
+        found = labels_of(home, "\n".join(["image,label,patient", *lines]))
+        assert found["patient"].nunique() == (12 if name == "removed" else 6)
+        said = capsys.readouterr().err
+        assert ("missing values" in said or "no patient column" in said) is asked
+        assert ("no patient column" in said) is (name == "removed")
+
+
     )
     prepare_data(**choice)  # of one patient they may
     assert "look alike" not in capsys.readouterr().err

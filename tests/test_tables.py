@@ -85,6 +85,7 @@ def test_inbreast(home, capsys):
     for expression in (pattern, README["INbreast"]["--patient-from"]):
         found = common.read_own_labels(path, files, classes, expression)
         assert found["patient"].tolist() == [f"{n // 2:016x}" for n in range(12)]
+    assert "parted" not in capsys.readouterr().err  # "removed" is no patient
     assert found["label"].tolist() == [1] * 4 + [0] * 2 + [2] * 6
     assert len(common.match_films(found, files)[0]) == 12
     assert "finds no patient in" in refused(common.read_own_labels, path, files, classes, "(BC)")
