@@ -1497,7 +1497,7 @@ def headers_of(paths):
     for image, path in dicom.items():
         with contextlib.suppress(UserError):  # a broken film is named later
             read[image] = dicom_header(path)
-    return pd.DataFrame(read).T
+    return pd.DataFrame(read).T.rename_axis("image")
 
 
 def say_contradictions(labels, folders, headers, path):
@@ -1538,9 +1538,12 @@ def films_of_breasts(table, files, path):
     films = files[files["kind"] == "film"]
     headers = headers_of(dict(zip(films["name"].map(film_name), films["path"])))
     if headers.empty:
-        what = "has no column image, and no film is a DICOM file that names its patient and side"
-        raise UserError(f"{path} {what}; add the column image, the name of each film")
-    return headers.rename_axis("image").reset_index().merge(table, on=["patient", "laterality"])
+        what = "has no column image, and no film could be read as DICOM that names patient and side"
+        raise UserError(f"{path} {what}; pip install pydicom, or add the column image (names)")
+    rows = headers.reset_index().merge(table, "right", on=["patient", "laterality"])
+    lost = rows["patient"][rows["image"].isna()]
+    warn_of(lost, f"breasts of {path} have no film and are left out, of patients")
+    return rows.drop(index=lost.index)
 
 
 def one_row_a_film(table, path):

@@ -176,6 +176,9 @@ def test_cmmd_a_row_is_a_breast_and_headers_tell_its_films(home, capsys):
     assert found["image"].tolist() == ["0", "1", "6", "7"]
     assert found["label_name"].tolist() == ["benign"] * 2 + ["malignant"] * 2
     assert common.match_films(found, files)[1] == ["2", "3", "4", "5"]  # the other breast
+    assert capsys.readouterr().err.count("no film") == 0
+    common.read_own_labels(table(home, text + "D1-0002,L,50,2,both,Benign,\n"), files)
+    assert "1 breasts of" in (said := capsys.readouterr().err) and "patients: D1-0002\n" in said
     only = files[:0]
     assert "add the column image" in refused(common.read_own_labels, home / "mine.csv", only)
 
