@@ -203,10 +203,8 @@ def place(item):
     return {"image": image, **row}
 
 
-films = common.in_threads(place, list(enumerate(paths.items())), "preparing films")
-films = pd.DataFrame(films)
-as_made["canvases"] = np.array([zlib.crc32(canvas) for canvas in canvases])
-as_made["crop"] = settings.crop
+films = pd.DataFrame(common.in_threads(place, [*enumerate(paths.items())], "preparing films"))
+as_made.update(crop=settings.crop, canvases=np.array([zlib.crc32(c) for c in canvases]))
 common.say_oddities(films)
 print(f"{len(paths)} films for {len(labels)} labels, canvas {size[0]} x {size[1]} px")
 
@@ -335,10 +333,10 @@ better = contrast(turned, films, canvases) - contrast(part, films, canvases)
 better = better[~np.isnan(better)]
 if len(better) > 4 and better.mean() > 2.5 * better.std() / len(better) ** 0.5:
     title = f"{(better > 0).sum()} of {len(better)} circles fit their lesions better upside down"
-    if settings.crop == "breast":  # on ultrasound and MRI lesions may be dark
+    if as_made.get("crop") == "breast":  # on ultrasound and MRI lesions may be dark
         common.warn(f"{title}: y is taken to run from the bottom, as in MIAS, and turned over")
         part = turned
-placed_findings = place_findings(part, usable, canvases, settings.crop)
+placed_findings = place_findings(part, usable, canvases, as_made.get("crop"))
 as_made["placed_findings"] = placed_findings.copy()
 title = f"{placed_findings['canvas_radius'].notna().sum()} of {len(part)} findings have a circle"
 print(f"{title}, {part['radius'].isna().sum()} have none in the database")
@@ -367,9 +365,9 @@ rows = usable.index[usable["image"].isin(used_labels["image"])]  # of the canvas
 part = {"findings": findings, "placed_findings": placed_findings, "splits": splits}
 same = {name: table.equals(as_made[name]) for name, table in part.items()}
 same["films"] = all(zlib.crc32(canvases[n]) == as_made["canvases"][n] for n in rows)
-options = {"source": source, "size": size, "crop": as_made["crop"], "split_seed": as_made["seed"]}
+options = {"source": source, "size": canvases.shape[1:], "crop": as_made["crop"]}
 options.update(films=len(rows), note=common.edits(labels, as_made["labels"], len(rows), same))
-options["shortcuts"] = as_made["shortcuts"]
+options.update(split_seed=as_made["seed"], shortcuts=as_made["shortcuts"])
 tables = {"films.csv": usable.loc[rows].drop(columns="problem"), "labels.csv": used_labels}
 tables.update({"findings.csv": placed_findings, "splits.csv": splits})
 with common.locked(common.data_dir()):

@@ -2180,9 +2180,10 @@ def save_prepared(folder, films, tables, state):
             digests = {name: file_digest(new / name) for name in tables}
             state = {**state, "pixels": pixels.hexdigest(), "digests": digests}
             write_json(state, new / "prepared.json")
-            there = {n: file_digest(folder / n) for n in tables if (folder / n).is_file()}
-            for name, digest in there.items():
-                if digest != before.get("digests", {}).get(name, digest):
+            for name, digest in before.get("digests", {}).items():
+                if (folder / name).is_file() and file_digest(folder / name) != digest:
+            if "films.npy" not in same and (folder / "films.npy").exists():
+                os.replace(folder / "films.npy", new / "old.npy")  # on Windows not if it is mapped
                     keep_edited(folder / name)
             same, *_ = filecmp.cmpfiles(folder, new, FILES[:-1], shallow=False)
             discard(folder / "prepared.json")  # what follows is not whole until the end
@@ -2206,8 +2207,8 @@ def edits(labels, database, used, same):
 
     `used` is the number of films that are used; `same` tells of other things whether they are.
     """
-    changed = labels.merge(database, how="left", indicator=True)["_merge"] != "both"
-    said = []
+    both = labels.astype(str), database.astype(str)  # numbers may have been typed for text
+    changed, said = pd.merge(*both, how="left", indicator=True)["_merge"] != "both", []
     if changed.any() or len(labels) != len(database):
         said.append(f"labels edited, {used} of {len(database)}")
         said += [f"{changed.sum()} changed"] if changed.any() else []

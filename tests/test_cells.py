@@ -381,6 +381,16 @@ def test_what_is_read_anew_is_placed_anew_before_it_is_saved(session, kernel, pr
     assert all(name in error for name in ("usable", "splits", "placed_findings")), error
 
 
+def test_a_size_that_one_film_was_looked_at_in_is_not_that_of_the_films(session, kernel, project):
+    script = project / "01_prepare_data.py"
+    save, console = cell(script, "Save"), CONSOLE["01_prepare_data.py"]
+    assert failures(run_cells(kernel, script, console=console, last=save)) == []
+    kernel.execute("settings.size = '200x100'")
+    assert kernel.run_cell(script, cell(script, "One film")).error == ""
+    assert kernel.run_cell(script, save).error == ""
+    assert kernel.get("prepared.films.shape == canvases.shape != (len(canvases), 200, 100)") is True
+
+
 def prepare_fatty(kernel, script, console):
     """Type a filter between two cells of step 1; return how many films it left, and the note."""
     read = cell(script, "Read the labels") + 1

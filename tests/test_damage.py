@@ -329,6 +329,20 @@ def prepare_often(choice, start, results, rounds):
             results.put(f"{type(error).__name__}: {error}")
 
 
+def test_films_that_a_console_holds_mapped_are_not_half_replaced_on_windows(home, monkeypatch):
+    before, replace = content(prepare_data(**CHOICES[0])), os.replace
+
+    def refuse_mapped(source, target):
+        if os.path.basename(source) == "films.npy" and ".new" not in str(source):
+            raise PermissionError(errno.EACCES, "Access is denied", str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_mapped)
+    with pytest.raises(common.UserError, match="no permission for .*films.npy"):
+        prepare_data(**CHOICES[1])
+    assert content(common.load_prepared("phantom")) == before
+
+
 @can_fork
 def test_two_processes_that_prepare_at_once_do_each_other_no_harm(home, monkeypatch):
     alone, rounds = whole_data(home, monkeypatch), 5
