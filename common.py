@@ -987,11 +987,10 @@ def kind_of(path, name):
 
 def say_left_out(files):
     """Name the masks in `list_files`, and the files of a kind that is not known."""
-    masks, others = (files["path"][files["kind"] == kind] for kind in ("mask", "other"))
+    masks, others = (files["name"][files["kind"] == kind] for kind in ("mask", "other"))
     if len(masks):
-        print(f"{len(masks)} masks are left out: {listing(path.name for path in masks)}")
-    names = [path.name for path in others]
-    warn_of(names, f"files are left out, not being called {', '.join(FILM_SUFFIXES)}")
+        print(f"{len(masks)} masks are left out: {listing(masks)}")
+    warn_of(others, f"files are left out, not being called {', '.join(FILM_SUFFIXES)}")
 
 
 def film_paths(folder):
@@ -1204,7 +1203,7 @@ def find_mias(settings):
 
 HEADER = "write a CSV with the columns image, x0, y0, x1, y1 (px, from the top left) and severity"
 NO_CSV = {
-    "an Excel workbook; save it as CSV there, and name that": rb"PK|\xd0\xcf\x11\xe0",
+    "an Excel workbook; save it as CSV there, and name that": rb"PK\x03\x04|\xd0\xcf\x11\xe0",
     f"JSON, as COCO has it; {HEADER}": rb"\s*[{\[]\s*[\"{]",
     f"a text of numbers, as YOLO has it (shares of the film); {HEADER}": rb"\d+( [\d.]+){4,}\s",
 }
@@ -1302,7 +1301,7 @@ def own_columns(table, path, wanted=COLUMNS, needed=(), quiet=False):
     What is taken for what is said: a patient column that is overlooked would put films of a
     patient on both sides. A column with words of TYPES is the type, whatever it is called.
     """
-    types = [name for name, words in table.items() if words.str.upper().isin(TYPES).any()]
+    types = [name for name, words in table.items() if words.str.upper().isin(TYPES[:-1]).any()]
     plain = ["type" if name in types[:1] else plain_name(name) for name in table]
     columns, found = dict(zip(plain, table)), {}
     for role, *others in map(str.split, wanted):
@@ -1375,7 +1374,7 @@ def checked_labels(table, rest, classes, path):
     refuse(bad, f"{path}: no valid image or label (found {found}); {hint}. In line")
     for name, words in rest.items():
         words = words[(words != "") & (not plain_name(name).startswith("finding"))].str.lower()
-        second = words[~words.str.fullmatch(r"[\d.]+")].map(known)
+        second = words[~words.str.fullmatch(r"[\d.]+|yes|no|y|n|true|false")].map(known)
         other = second.index[second.notna() & (second != label[second.index])]
         refuse(other, f'{path}: the label and the column "{name}" contradict in line')
     return label.astype(int)
@@ -1512,12 +1511,11 @@ def say_contradictions(labels, folders, headers, path):
         sides = headers["laterality"]
         differ = (sides != "") & (rows["laterality"] != "") & (sides != rows["laterality"])
         patients = rows["patient"].groupby(headers["patient"]).transform("nunique")
-        mixed = (headers["patient"] != "") & (patients > 1)
+        mixed = (headers["patient"] != "") & (patients > 1) & (headers["patient"].nunique() > 1)
         wrong["the laterality of their headers"] = rows.index[differ]
         wrong["their headers, where they are the same patient's"] = rows.index[mixed]
     for what, images in wrong.items():
-        if len(images):
-            warn(f"{path} contradicts {what}: {listing(images)}")
+        warn_of(images, f"films where {path} contradicts {what}")
 
 
 def one_column(table, path, classes):
@@ -1567,7 +1565,7 @@ def originals(names):
     """Return the names of films without the number of a copy; say which ones are copies."""
     first = names.str.replace(COPY, "", regex=True, case=False)
     # benign (1), benign (2): numbers of films; mdb001 (1), mdb001 (2): copies of a film
-    copy = first.duplicated(keep=False) & (first.str.contains(r"\d") | first.isin(names))
+    copy = first.duplicated(keep=False) & (first.str.contains(r"\d[^/]*$") | first.isin(names))
     warn_of(names[copy & (first != names)], "films are copies by their names, of one patient each")
     return first.where(copy, names)
 
@@ -1634,9 +1632,9 @@ def read_own_labels(path, files=None, classes="", patient_from=""):
                 values = values.where(values != "", table["image"])
             table[role] = values
     name = table["image"].map(lambda image: names.get(image, image))  # of the file: it says more
-    if patient_from:
     if "patient" in table and re.fullmatch(MISSING, "\n".join({*table["patient"].str.lower()})):
         table = table.drop(columns="patient")  # one word such as removed for all
+    if patient_from:
         found = patients_from(patient_from, name)
         parted = found.groupby(table.get("patient", found)).nunique()
         warn_of(parted.index[parted > 1], f"patients of {path} are parted by --patient-from")
@@ -1655,7 +1653,7 @@ def read_own_labels(path, files=None, classes="", patient_from=""):
     labels["label_name"] = labels["label"].map(dict(enumerate(CLASS_NAMES)))
     known = named_classes(classes)
     folders = {image: class_of_folder(name, known) for image, name in names.items()}
-    folders = {image: known[word] for image, word in folders.items() if word}
+    folders = {i: known[word] for i, word in folders.items() if word and not word.isdigit()}
     say_contradictions(labels, folders, headers, path)
     say_patients_labels(labels, path)
     return labels.reset_index(drop=True)[LABELS]
@@ -2182,10 +2180,10 @@ def save_prepared(folder, films, tables, state):
             write_json(state, new / "prepared.json")
             for name, digest in before.get("digests", {}).items():
                 if (folder / name).is_file() and file_digest(folder / name) != digest:
-            if "films.npy" not in same and (folder / "films.npy").exists():
-                os.replace(folder / "films.npy", new / "old.npy")  # on Windows not if it is mapped
                     keep_edited(folder / name)
             same, *_ = filecmp.cmpfiles(folder, new, FILES[:-1], shallow=False)
+            if "films.npy" not in same and (folder / "films.npy").exists():
+                os.replace(folder / "films.npy", new / "old.npy")  # on Windows not if it is mapped
             discard(folder / "prepared.json")  # what follows is not whole until the end
             for name in FILES:
                 if name not in same:

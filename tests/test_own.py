@@ -107,6 +107,19 @@ def test_1_two_classes_are_enough_and_the_third_is_said_to_be_absent(home, monke
     assert done.metrics["value"]["macro F1"] > 0
 
 
+def test_1_words_of_mias_may_be_labels_and_other_questions_answered_with_yes(home):
+    found = labels_of(home, "image,label,patient\na,NORM,1\nb,b,2\nc,M,3\n")
+    assert found["label"].tolist() == [1, 0, 2]
+    text = "image,cancer,implant,patient\na,yes,no,1\nb,no,yes,2\n"
+    assert labels_of(home, text, "yes=malignant,no=normal")["label"].tolist() == [2, 1]
+
+
+def test_3_a_number_in_a_folders_name_makes_no_copies(home, capsys):
+    rows = [f"set2/{c} ({n}),{c},," for n in range(4) for c in common.CLASS_NAMES]
+    found = labels_of(home, "\n".join(["image,label,tissue,age", *rows]))
+    assert found["patient"].nunique() == 12 and "copies" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "name", ["patient_id", "PatientID", "Patient", "subject", "case", "id", "Patient ID"]
 )
@@ -136,6 +149,17 @@ def test_3_a_patient_written_in_two_ways_is_one_and_said(home, capsys):
     assert found["patient"].nunique() == 1 and "P-1, P1, p_01" in capsys.readouterr().err
 
 
+def test_3_numbered_or_rounded_patients_stay_patients_and_a_constant_is_none(home, capsys):
+    rows = [f"f{n},{common.CLASS_NAMES[n % 3]}," for n in range(12)]
+    for name, asked in {"ANON{:04d}": False, "2.0190{}E+11": True, "removed": True}.items():
+        lines = [row + name.format(n // 2) for n, row in enumerate(rows)]
+        found = labels_of(home, "\n".join(["image,label,patient", *lines]))
+        assert found["patient"].nunique() == (12 if name == "removed" else 6)
+        said = capsys.readouterr().err
+        assert ("missing values" in said or "no patient column" in said) is asked
+        assert ("no patient column" in said) is (name == "removed")
+
+
 def test_3_a_film_saved_again_under_another_patient_is_named(home, capsys):
     films = {f"f{n:02d}.png": common.phantom_film(0, n + 1, 256)[0] for n in range(12)}
     twelve = [f"{name},{('normal', 'malignant')[n // 2 % 2]}," for n, name in enumerate(films)]
@@ -149,17 +173,6 @@ def test_3_a_film_saved_again_under_another_patient_is_named(home, capsys):
     assert "2 pairs of films look alike" in said and "f00 and f01, f02 and f03" in said
     table(
         home, "\n".join(["image,label,patient", *(f"{r}p{n // 2}" for n, r in enumerate(twelve))])
-def test_3_numbered_or_rounded_patients_stay_patients_and_a_constant_is_none(home, capsys):
-    rows = [f"f{n},{common.CLASS_NAMES[n % 3]}," for n in range(12)]
-    for name, asked in {"ANON{:04d}": False, "2.0190{}E+11": True, "removed": True}.items():
-        lines = [row + name.format(n // 2) for n, row in enumerate(rows)]
-        found = labels_of(home, "\n".join(["image,label,patient", *lines]))
-        assert found["patient"].nunique() == (12 if name == "removed" else 6)
-        said = capsys.readouterr().err
-        assert ("missing values" in said or "no patient column" in said) is asked
-        assert ("no patient column" in said) is (name == "removed")
-
-
     )
     prepare_data(**choice)  # of one patient they may
     assert "look alike" not in capsys.readouterr().err
@@ -266,7 +279,7 @@ def test_5_images_that_are_not_read_and_masks_are_named(home, capsys):
     said = capsys.readouterr()
     assert len(prepared.films) == 12 and "5 masks are left out" in said.out
     assert "3 files are left out, not being called .pgm" in said.err
-    assert "a.LJPEG, b.png.gz, late.webp" in said.err and "notes" not in said.err
+    assert "a.LJPEG, b.png.gz, benign/late.webp" in said.err and "notes" not in said.err
 
 
 def test_5_folders_of_classes_lie_at_any_depth_and_a_table_may_not_contradict_them(home, capsys):

@@ -180,7 +180,9 @@ def test_cmmd_a_row_is_a_breast_and_headers_tell_its_films(home, capsys):
     common.read_own_labels(table(home, text + "D1-0002,L,50,2,both,Benign,\n"), files)
     assert "1 breasts of" in (said := capsys.readouterr().err) and "patients: D1-0002\n" in said
     only = files[:0]
-    assert "add the column image" in refused(common.read_own_labels, home / "mine.csv", only)
+    assert "pip install pydicom, or add the column image" in refused(
+        common.read_own_labels, home / "mine.csv", only
+    )
 
 
 MIAS = "REFNUM,BG,CLASS,SEVERITY,X,Y,RADIUS,\nmdb001,G,CIRC,B,80,40,12,\nmdb001,G,CALC,M,70,40,9,\n"
