@@ -823,6 +823,12 @@ def test_a_second_run_replaces_nothing_and_a_changed_setting_what_it_must(home):
     assert wider.films.shape == (24, 64, 96) and wider.fingerprint != first.fingerprint
 
 
+def test_patients_typed_as_numbers_are_the_same_labels():
+    labels = pd.DataFrame({"image": ["a", "b"], "patient": ["1", "2"], "label": [0, 1]})
+    assert common.edits(labels.assign(patient=[1, 2]), labels, 2, {}) == ""
+    assert "1 changed" in common.edits(labels.assign(label=[0, 2]), labels, 2, {})
+
+
 def test_a_crash_at_any_moment_leaves_no_half_state_and_the_next_run_repairs_it(home, monkeypatch):
     folder, replace = common.data_dir("phantom"), os.replace
     choices = [{**TINY, "size": f"{64 + n}x64", "folds": 2 + n} for n in (0, 1)]
