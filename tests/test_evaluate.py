@@ -468,6 +468,8 @@ def test_evaluation_writes_the_files_of_the_contract(run):
     for p in (run.table[ALONE].to_numpy(), run.table[P].to_numpy()):
         assert p.sum(1) == pytest.approx(1, abs=5e-6) and (p >= 0).all() and p.std(0).min() > 1e-3
     assert (run.table["predicted"] == called(p, priors_of(run))).all()
+    alone = called(run.table[ALONE].to_numpy(), priors_of(run))
+    assert (run.table["alone_predicted"] == alone).all() and (alone != run.table["predicted"]).any()
     named = {"source": "phantom", "weights": run.record["weights_used"], "seed": 0, "n": 48}
     assert run.values["split_seed"] == 0 and run.values["note"] == run.record["note"] == ""
     assert run.values["synthetic"] is True and {**run.values, **named} == run.values
