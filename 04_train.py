@@ -494,8 +494,8 @@ def train_epoch(state, progress):
     """Train on every batch of an epoch; return the mean loss and the accuracy."""
     state.model.train()
     total = hits = count = 0
+    part = state.train_films, state.look, state.settings, state.generator
     for batch in epoch_batches(state):
-        part = state.train_films, state.look, state.settings, state.generator
         loss, right = batch_loss(state.network, batch, *part)
         value = loss.item()
         if not np.isfinite(value):
