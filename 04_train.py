@@ -462,7 +462,7 @@ class FoldState:
         self.saved = self.progress["epoch"]
         if self.count > 1:
             common.collect(None)  # all have read it before one writes
-        if self.rank == 0:
+        if self.rank == 0 and self.saved:
             common.write_history(self.progress["history"], target)  # a kill may have come before
 
 

@@ -567,9 +567,7 @@ def draw_films(pictures, title, rows=1, size=(10, 3), white=255):
         axis.axis("off")
     for axis, (name, picture, *outline) in zip(axes.flat, pictures):
         axis.imshow(np.asarray(picture), cmap="gray", vmin=0, vmax=white)
-        name = str(name)
-        short = f"{name[:29]} ... {name[-9:]}"  # paths may be names, as in CBIS-DDSM
-        axis.set_title(name if len(name) < 45 else short, fontsize=9)
+        axis.set_title(str(name)[-44:], fontsize=9)  # paths may be names, as in CBIS-DDSM
         extent = (-0.5, picture.shape[1] - 0.5, picture.shape[0] - 0.5, -0.5)
         for over in (part for part in outline if part.max() > 0.5):
             axis.contour(over, [0.5], colors="#56B4E9", extent=extent, origin="upper")
@@ -1647,8 +1645,7 @@ def read_own_labels(path, files=None, classes="", patient_from=""):
         hint = "if some have several films, name them in a column patient, or films leak"
         what = f"{what}, so each image counts as its own patient; {hint} between the parts"
         warn(f"{path}: {what}{hint_at_patients(name)}")
-    patient = originals(table["image"])
-    patient = same_patients(table["patient"]) if "patient" in table else patient
+    patient = same_patients(table["patient"]) if "patient" in table else originals(table["image"])
     labels = table.assign(patient=patient, tissue="", findings=0)
     labels["label_name"] = labels["label"].map(dict(enumerate(CLASS_NAMES)))
     known = named_classes(classes)
@@ -1918,7 +1915,7 @@ def canvas_size(text, source):
     return size
 
 
-def oddities(film, laterality):
+def oddities(film):
     """Return what looks wrong about a film (uint8), a list of phrases."""
     cell = max(1, round(max(film.shape) / 128))
     coarse = np.asarray(Image.fromarray(film).reduce(cell))
@@ -1939,13 +1936,6 @@ def oddities(film, laterality):
     middle, ends = parts[3:5].mean(), min(parts[:2].mean(), parts[6:].mean())
     if middle > max(0.2, 2 * parts[[0, 7]].max()) or ends > max(0.25, 2.5 * middle):
         said.append("looks like both breasts on one film")
-    turn = -1 if chest_wall(film, laterality) == "right" else 1  # the wall to the left
-    wall = np.flatnonzero(lit[:, ::turn].mean(axis=0) > 0.2)[:1].sum()  # behind it lies padding
-    sixth = max(height // 6, 1)
-    strip = coarse[rows[0] : rows[-1] + 1, ::turn][:, wall : wall + max(width // 6, 1)]
-    muscle = strip[-sixth:].mean()  # of views from above there is none at either end
-    if muscle > 1.5 * max(strip[:sixth].mean(), 8) and muscle > 1.1 * coarse[lit].mean():
-        said.append("looks upside down (the muscle lies at the bottom)")
     return said
 
 
@@ -2004,7 +1994,7 @@ def prepare_film(path, laterality, size, crop="breast", bits=None, shape=None):
         if shape and film.shape != shape:
             found, expected = (f"{height} x {width}" for height, width in (film.shape, shape))
             raise ValueError(f"{found} px, expected {expected}")
-        notes += oddities(film, laterality) if crop == "breast" else []
+        notes += oddities(film) if crop == "breast" else []
         canvas, geometry, _ = place_film(film, laterality, size, crop)
         row.update(geometry._asdict(), bits=bits or 8, **film_statistics(film, canvas))
         return canvas, {**row, "note": "; ".join(notes)}
@@ -2368,27 +2358,18 @@ def record_in(folder):
     return record
 
 
-def new_run(name, stem, overwrite=False):
-    """Return the folder of a new run; UserError if the name is taken or leads elsewhere.
+def folder_of_run(settings, record):
+    """Return the folder of the run that goes on, or of a new one; the same in all processes.
 
-    Without a name it is the stem and the next free number.
+    Without a name a new one gets the next free number. UserError if the name leads elsewhere.
     """
+    name, stem = str(settings.run or ""), f"{record['source_used']}-{record['recipe']}"
+    if settings.resume:
+        return find_run(name)
     if name.strip(". ") != name or not all(c.isalnum() or c in "-_. " for c in name):
         raise UserError(f"--run {name!r}: letters, digits, and inside also blank, '-', '_' and '.'")
     taken = [int(p.name[-3:]) for p in runs_dir().glob(f"{stem}-[0-9][0-9][0-9]")]
-    folder = runs_dir(name or f"{stem}-{max(taken, default=0) + 1:03d}")
-    if not overwrite and any(path.name != ".lock" for path in folder.glob("*")):
-        hint = "choose another --run, --resume, or --overwrite"
-        raise UserError(f"the run {folder.name} exists; {hint}")
-    return folder
-
-
-def folder_of_run(settings, record):
-    """Return the folder of the run that goes on, or of a new one; the same in all processes."""
-    if settings.resume:
-        return find_run(settings.run)
-    named = settings.run, f"{record['source_used']}-{record['recipe']}", settings.overwrite
-    return collect(new_run(*named) if processes()[0] == 0 else None)[0]
+    return collect(runs_dir(name or f"{stem}-{max(taken, default=0) + 1:03d}"))[0]
 
 
 # when a run goes on
@@ -2457,7 +2438,7 @@ def recorded(folder, record, settings):
         if first:
             left = [p for p in folder.iterdir() if p.name != ".lock" and not settings.resume]
             if left and not settings.overwrite:
-                raise UserError(f"the run {folder.name} exists; another process has just begun it")
+                raise UserError(f"{folder} exists; choose another --run, --resume or --overwrite")
             # parts are a killed run's; the folder is locked, so nobody writes them now
             discard(*left, *folder.rglob(".*.part"))
             began = read_json(folder / "settings.json") if settings.resume else record
@@ -2495,10 +2476,6 @@ def save_checkpoint(values, path):
         torch.save(values, file)  # given a name, torch would not say that the disk is full
 
 
-HISTORY = ["fold", "epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy"]
-HISTORY += ["val_macro_f1", "val_malignant_recall", "seconds", "films_per_second", "look"]
-
-
 def history_line(row, epochs, better):
     """Return a row of history.csv in words, of at most so many epochs."""
     words = "epoch {epoch:2d}/{0}  loss {train_loss:.3f}  val loss {val_loss:.3f}  accuracy "
@@ -2511,7 +2488,7 @@ def history_line(row, epochs, better):
 
 def write_history(rows, folder):
     """Write history.csv of a fold (a folder of the run), and with it the run's."""
-    write_csv(pd.DataFrame(rows, columns=HISTORY), folder / "history.csv")
+    write_csv(pd.DataFrame(rows), folder / "history.csv")
     merge_histories(folder.parent)
 
 
@@ -2521,7 +2498,7 @@ def merge_histories(folder, write=True):
     Each fold has its own, so that folds can be trained by several processes.
     """
     parts = [pd.read_csv(path) for path in sorted(folder.glob("fold-*/history.csv"))]
-    history = pd.concat(parts) if parts else pd.DataFrame(columns=HISTORY)
+    history = pd.concat(parts) if parts else pd.DataFrame()
     if parts and write:  # none if every fold failed in its first epoch
         write_csv(history, folder / "history.csv")
     return history.reset_index(drop=True)
