@@ -204,14 +204,15 @@ def place(item):
 
 
 films = pd.DataFrame(common.in_threads(place, [*enumerate(paths.items())], "preparing films"))
-as_made.update(crop=settings.crop, canvases=np.array([zlib.crc32(c) for c in canvases]))
+as_made.update(source=source, crop=settings.crop, canvases=[zlib.crc32(c) for c in canvases])
 common.say_oddities(films)
 print(f"{len(paths)} films for {len(labels)} labels, canvas {size[0]} x {size[1]} px")
 
 # %% Check every film: a digest of its pixels tells a wrong, damaged or renamed one
 # No film is used under another's name, and none twice: either would leak. Missing and broken films
-# end the run, unless --allow-partial says that they may be left out. A film that was mirrored,
-# saved as JPEG or made brighter has another digest, but a thumbnail of it hardly changes.
+# end the run, unless --allow-partial says that they may be left out. A film that was saved
+# as JPEG, made brighter or, but for --crop none, mirrored has another digest, and nearly the same
+# thumbnail.
 missing = {*labels["image"]} - {*paths}
 if source == "mias":
     missing |= {*common.known_digests().values()} - {path.stem.lower() for path in files["path"]}
@@ -338,6 +339,7 @@ if len(better) > 4 and better.mean() > 2.5 * better.std() / len(better) ** 0.5:
         part = turned
 placed_findings = place_findings(part, usable, canvases, as_made.get("crop"))
 as_made["placed_findings"] = placed_findings.copy()
+as_made["placed_of"] = [table.copy() for table in (used_labels, used_labels, findings)]
 title = f"{placed_findings['canvas_radius'].notna().sum()} of {len(part)} findings have a circle"
 print(f"{title}, {part['radius'].isna().sum()} have none in the database")
 shown = used_labels.groupby("label").sample(frac=1, random_state=0).groupby("label").head(7)
@@ -359,22 +361,25 @@ common.refuse(part, "first run the cells 'Place every film' to 'Circles' without
 common.check_tables(used_labels, splits)
 if (used_labels["laterality"] != used_labels["image"].map(sides)).any():
     raise UserError("laterality changed: run the cell 'Place every film' and the next first")
-if not common.labels_of(usable, labels).equals(used_labels):
-    raise UserError("labels changed: run the cell 'Split patients' and the next ones first")
+part = common.labels_of(usable, labels), used_labels, findings
+if not all(map(pd.DataFrame.equals, part, as_made["placed_of"])):
+    raise UserError("labels or findings changed: run the cell 'Split patients' and the next two")
 rows = usable.index[usable["image"].isin(used_labels["image"])]  # of the canvases
 part = {"findings": findings, "placed_findings": placed_findings, "splits": splits}
 same = {name: table.equals(as_made[name]) for name, table in part.items()}
 same["films"] = all(zlib.crc32(canvases[n]) == as_made["canvases"][n] for n in rows)
-options = {"source": source, "size": canvases.shape[1:], "crop": as_made["crop"]}
+options = {"source": as_made["source"], "size": canvases.shape[1:], "crop": as_made["crop"]}
 options.update(films=len(rows), note=common.edits(labels, as_made["labels"], len(rows), same))
 options.update(split_seed=as_made["seed"], shortcuts=as_made["shortcuts"])
 tables = {"films.csv": usable.loc[rows].drop(columns="problem"), "labels.csv": used_labels}
 tables.update({"findings.csv": placed_findings, "splits.csv": splits})
 with common.locked(common.data_dir()):
-    if not common.list_files(folder).equals(files):
+    # Windows' Thumbs.db and Excel's ~$mine.xlsx come and go
+    part = [t[~t["name"].str.contains(r"\.db$|~\$")] for t in (common.list_files(folder), files)]
+    if not part[0].set_index("path").equals(part[1].set_index("path")):
         raise UserError(f"files in {folder} changed meanwhile; run 01_prepare_data.py again")
-    common.save_prepared(common.data_dir(source), (canvases[n] for n in rows), tables, options)
-    prepared = common.load_prepared(source)  # under the lock, before another changes it
+    common.save_prepared((canvases[n] for n in rows), tables, options)
+    prepared = common.load_prepared(as_made["source"])  # under the lock, before another changes it
 print(f"{len(prepared.films)} films in {prepared.folder}")
 common.announce(prepared)
 

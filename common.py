@@ -2143,14 +2143,15 @@ class Prepared(typing.NamedTuple):
 FILES = ("films.npy", "films.csv", "labels.csv", "findings.csv", "splits.csv", "prepared.json")
 
 
-def save_prepared(folder, films, tables, state):
+def save_prepared(films, tables, state):
     """Write films (an iterable of canvases), tables {name: DataFrame} and the state, or nothing.
 
     All files are made in a new folder first, then moved into place, prepared.json last, so that a
     crash leaves no mixture. What is the same stays as it is; a table that was edited by hand is
     kept under another name.
     """
-    new, pixels, before = folder / ".new", hashlib.sha256(), {}
+    folder, pixels, before = data_dir(state["source"]), hashlib.sha256(), {}
+    new = folder / ".new"
     with contextlib.suppress(UserError):  # nothing is there yet, or it is not whole
         before = read_json(folder / "prepared.json")
     discard(new)  # of a run that was killed

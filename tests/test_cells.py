@@ -391,6 +391,15 @@ def test_a_size_that_one_film_was_looked_at_in_is_not_that_of_the_films(session,
     assert kernel.get("prepared.films.shape == canvases.shape != (len(canvases), 200, 100)") is True
 
 
+def test_films_are_saved_under_the_source_they_came_from(session, kernel, project):
+    script = project / "01_prepare_data.py"
+    save, console = cell(script, "Save"), CONSOLE["01_prepare_data.py"]
+    assert failures(run_cells(kernel, script, console=console, last=save)) == []
+    kernel.execute("source = 'own'")  # as after a look for other films
+    assert kernel.run_cell(script, save).error == ""
+    assert kernel.get("prepared.source") == "phantom"
+
+
 def prepare_fatty(kernel, script, console):
     """Type a filter between two cells of step 1; return how many films it left, and the note."""
     read = cell(script, "Read the labels") + 1

@@ -903,6 +903,17 @@ def test_labels_filtered_to_nothing_or_too_late_are_refused_with_a_message(home)
     assert "run the cell 'Split patients'" in refused(prepare_data, {SPLIT: FATTY}, **MIDDLE)
 
 
+def test_findings_edited_after_their_circles_were_placed_are_refused(home):
+    circles = "Circles, from film to canvas"
+    late = [FATTY, "used_labels = common.labels_of(usable, labels)"]
+    late.append(
+        "splits = splits[splits['image'].isin(used_labels['image'])].reset_index(drop=True)"
+    )
+    for code in ("findings = findings[1:]", "\n".join(late)):
+        message = refused(prepare_data, {circles: code}, **MIDDLE)
+        assert "labels or findings changed: run the cell 'Split patients'" in message
+
+
 def test_splits_edited_between_two_cells_are_used_and_noted_or_refused(home):
     first = prepare_data(**TINY).splits
     one = "splits.loc[0, 'fold'] = (splits['fold'][0] + 1) % 3"

@@ -215,9 +215,9 @@ def repeated(prepared, count, size, home):
     tables = {"films.csv": copied(prepared.table)[:count], "labels.csv": labels,
               "findings.csv": findings, "splits.csv": splits}  # fmt: skip
     source = f"repeated-{count}-{size[0]}x{size[1]}"
-    state = {"films": count, "size": size, "crop": "breast", "split_seed": 0, "note": ""}
-    common.save_prepared(home / source, films(), tables, state)
+    state = {"source": source, "films": count, "size": size, "crop": "breast"}
     with below(home):
+        common.save_prepared(films(), tables, {**state, "split_seed": 0, "note": ""})
         return common.load_prepared(source)
 
 
