@@ -151,7 +151,7 @@ def listing(names, most=8):
 
 def nearest(name, names):
     """Return a hint at the name that was probably meant."""
-    near = difflib.get_close_matches(name, names, n=1)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     return f" - did you mean {near[0]}?" if near else ""
 
 
@@ -192,7 +192,8 @@ class ScriptSettings:
             choices = typing.get_args(kind)
             refuse(choices if value not in choices else (), f"{said} one of")
         elif typing.get_origin(kind) is tuple:  # in a cell a word or a list may be typed
-            value = (value,) if isinstance(value, (str, Path)) else tuple(value)
+            value = [value] if value is None or isinstance(value, (str, Path)) else value
+            value = tuple(filter(None, value))  # "" and None name nothing
         super().__setattr__(name, value)
 
 
@@ -434,7 +435,7 @@ def choose_device(name="auto"):
         torch.empty(1, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0][:150]
         raise UserError(f"no device {name!r} here ({reason}); try --device auto or cpu") from None
 
 
@@ -1089,6 +1090,8 @@ def unpack(archive, folder):
         films += path.suffix.lower() != ".txt"
     if not films:
         raise ValueError("it holds no film")
+    if folder.parent.name == "mias" and not [*folder.glob("[Ii][Nn][Ff][Oo].[Tt][Xx][Tt]")]:
+        raise UserError("the archive has no Info.txt; films of your own need --labels or --images")
 
 
 def extract(archive, folder, downloaded=False):
@@ -1146,7 +1149,7 @@ def find_films(settings):
     own = settings.labels or in_class_folders(files, settings.classes)
     if source == "auto":
         source = "own" if own else "mias"
-    given = [name for name in ("labels", "findings", "patient_from") if getattr(settings, name)]
+    given = [n for n in "labels findings classes patient_from".split() if getattr(settings, n)]
     if given and source in ("mias", "phantom"):
         hint = "films of your own need --images and --labels, or a folder for each class"
         refuse(given, f"{hint}; with --source {source} there can be no")
@@ -1374,7 +1377,7 @@ def checked_labels(table, rest, classes, path):
         words = words[(words != "") & (not plain_name(name).startswith("finding"))].str.lower()
         second = words[~words.str.fullmatch(r"[\d.]+|yes|no|y|n|true|false")].map(known)
         other = second.index[second.notna() & (second != label[second.index])]
-        refuse(other, f'{path}: the label and the column "{name}" contradict in line')
+        refuse(other, f'{path}: mend or delete one: label and column "{name}" contradict in line')
     return label.astype(int)
 
 
@@ -1672,7 +1675,8 @@ def read_own_findings(path, labels, classes="", needed=True):
         refuse(raw.columns if needed else (), f"{path}: expected {expected}; found")
         return pd.DataFrame(columns=FINDINGS)
     names, keys = (part["image"].map(film_name).str.lower() for part in (table, labels))
-    film = names.map(dict(zip(keys, labels.index)))
+    ends = keys.map(tails).explode().drop_duplicates(keep=False)  # folders may be left out
+    film = names.map({**dict(zip(ends, ends.index)), **dict(zip(keys, labels.index))})
     label = film.map(labels["label"])
     word = table.get("severity", pd.Series("", table.index)).str.lower()
     own = class_codes(word, named_classes(classes))
@@ -1900,12 +1904,11 @@ def place_film(film, laterality, size, crop="breast"):
 def canvas_size(text, source):
     """Read a size such as "512x288" as (height, width) in px; "auto" is chosen by the source.
 
-    1024 x 576 px has the shape of a cropped breast (about 1 : 2) and all that the films of MIAS
-    have. 512x288 takes a third of the time and leaves the median lesion 41 px wide; at 224 px, the
-    usual size, 43 % are smaller than one place of the network's map.
+    1024 x 576 px has the shape of a cropped breast (about 1 : 2); half of MIAS's films are not
+    reduced, most others to 0.8 or more. 512x288 takes a third of the time and leaves the median
+    lesion 38 px wide; with 224 rows, the usual size, half are smaller than a place of the map.
     """
-    if not isinstance(text, str):
-        text = "x".join(map(str, text))  # (512, 288), typed in a cell
+    text = "x".join(map(str, np.ravel(text)))  # (512, 288), typed in a cell
     if text == "auto":
         text = {"mias": "1024x576", "phantom": "160x90"}.get(source, "512x288")
     match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())

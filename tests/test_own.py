@@ -1213,3 +1213,23 @@ def test_an_auc_weighs_patients_alike_and_asks_what_the_classes_allow():
     assert found["z"]["text"] == pytest.approx(
         0.5 / (41 / 12 / 20 / 40 + 20 / 12 / 800) ** 0.5, rel=0.02
     )
+
+
+def test_findings_name_films_in_folders_by_the_file_alone_where_one_has_that_name(home):
+    names = [f"{name}/{name[0]}{n}.png" for name in ("benign", "normal") for n in range(3)]
+    films = {name: film(n) for n, name in enumerate([*names, "normal/b1.png"])}
+    choice = {**saved(home, films), "labels": "", "crop": "none"}
+    choice["findings"] = str(table(home, "image,x,y,radius\nb0.png,20,30,5\n", name="boxes.csv"))
+    assert prepare_data(**choice).findings["image"].tolist() == ["benign/b0"]
+    table(home, "image,x,y,radius\nb1.png,20,30,5\n", name="boxes.csv")
+    assert "no label in line: 2" in refused(prepare_data, **choice)
+    table(home, "image,x,y,radius\nbenign/b1.png,20,30,5\n", name="boxes.csv")
+    assert prepare_data(**choice).findings["image"].tolist() == ["benign/b1"]
+
+
+def test_files_of_windows_and_excel_may_come_and_go_while_films_are_placed(home):
+    came = "[(folder / name).write_bytes(b'') for name in ('Thumbs.db', '~$mine.xlsx')]"
+    choice = saved(home, many())
+    assert len(prepare_data({"Shortcuts": came}, **choice).films) == 12
+    other = "(folder / 'f03.png').write_bytes((folder / 'f04.png').read_bytes() + b' ')"
+    assert "changed meanwhile" in refused(prepare_data, {"Shortcuts": other}, **choice)

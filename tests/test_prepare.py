@@ -617,6 +617,14 @@ def test_a_zip_that_leads_outside_or_holds_a_film_twice_is_refused(home, names):
     assert list((home / "data").iterdir()) == []
 
 
+def test_an_archive_of_other_films_does_not_take_the_place_of_mias(raw, home):
+    folder = common.extract(packed(raw, home / "a.tar"), home / "data" / "mias" / "raw")
+    with zipfile.ZipFile(home / "own.zip", "w") as file:
+        file.writestr("benign/a.png", b"film")
+    assert "no Info.txt; films of your own" in refused(common.extract, home / "own.zip", folder)
+    assert {path.name for path in raw.iterdir()} <= {path.name for path in folder.iterdir()}
+
+
 def test_a_zip_made_on_a_mac_gives_the_films_alone(raw, home):
     packed(raw, home / "a.zip")
     with zipfile.ZipFile(home / "a.zip", "a") as file:
