@@ -119,9 +119,9 @@ print((title + ", of the others {train_share_used:.2f} train").format(**part))
 
 
 # %% The network, its optimiser, and how long each look may train
-# What stands here after the cell is what is trained first: change `model` or `optimizer`, or epochs
-# and patience in `schedule`. The new head learns at its own rate, ten times that of the pretrained
-# stages. The networks of the other look and of later folds are made by the same function.
+# What stands here after the cell is what is trained first: change `optimizer`, or epochs and
+# patience in `schedule`; the network itself in step 3. The new head learns at ten times the rate of
+# pretrained stages. Networks of the other look and of later folds are made by the same function.
 def marks(prepared):
     """Return by what each film is known again, and its patient, a DataFrame of text."""
     patients = prepared.source + "/" + prepared.labels["patient"]
@@ -199,6 +199,8 @@ def filled_in(settings, prepared, weights):
     values.update(epochs=epochs, looks=looks_of(settings, prepared))
     values["patience"] = settings.patience or max(epochs // 2, 1)
     values["backbone_lr"] = settings.backbone_lr if pretrained else settings.lr
+    # step 5 makes the same anew
+    values["network"] = common.fingerprint(network.MammogramNet(settings.recipe, settings.dropout))
     return values
 
 
@@ -635,8 +637,10 @@ def draw_history(history):
     return figure
 
 
+history = common.merge_histories(run_folder, False)  # of this run, if an error ended it too
 print(f"{len(history)} epochs are finished")
 if len(history):
-    title = [run_folder.name, "SYNTHETIC PHANTOMS" if record["synthetic"] else "", record["note"]]
+    part = common.record_in(run_folder)
+    title = [run_folder.name, "SYNTHETIC PHANTOMS" if part["synthetic"] else "", part["note"]]
     title = f"{', '.join(filter(None, title))} (rings: lowest validation loss)"
     common.show(draw_history(history), run_folder / "figures" / "history.png", title)

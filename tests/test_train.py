@@ -72,7 +72,8 @@ def go_on(**changes):
 def run_cells(names, first="", until="The curves"):
     """Run the cells of step 4 from one to another, by the beginnings of their titles."""
     cells = kernels.split_cells(SCRIPT)
-    begin, end = ([t.startswith(title) for t, _ in cells].index(True) for title in (first, until))
+    titles = [*(title for title, _ in cells), "the end"]
+    begin, end = ([t.startswith(name) for t in titles].index(True) for name in (first, until))
     for _, code in cells[begin:end]:
         exec(code, names)
 
@@ -485,6 +486,25 @@ def test_settings_that_changed_since_the_network_was_made_are_refused_in_one_mes
     console["optimizer"] = torch.optim.SGD(console["model"].parameters(), lr=0.1)
     run_cells(console, "Train")  # the model is still as it began
     assert console["history"]["lr"].tolist() == [0.1]
+
+
+def test_a_network_that_step_3_would_not_make_is_not_trained(console, monkeypatch):
+    """As after an edit of step 3, since step 5 could not read it."""
+    head = lambda features: torch.nn.Sequential(torch.nn.Linear(features, 3))  # noqa: E731
+    monkeypatch.setattr(network, "new_head", head)
+    with pytest.raises(UserError, match="'The films of the first fold' on.*are: network$"):
+        run_cells(console, "Train")
+    assert not list(common.runs_dir().glob("*/*"))
+
+
+def test_curves_are_those_of_the_run_that_failed_not_of_the_one_before(console, monkeypatch):
+    run_cells(console, "Train")
+    first = console["run_folder"]
+    monkeypatch.setattr(data, "augment", lambda films, *rest, **options: (films * np.nan, None))
+    with pytest.raises(UserError, match="the loss became nan"):
+        run_cells(console, "Train")
+    run_cells(console, "The curves", "the end")
+    assert len(console["history"]) == 0 and console["run_folder"] != first
 
 
 # ---------------------------------------------------------------------- stopping and going on
