@@ -214,7 +214,8 @@ def batches(dataset, batch_size, sampler=None):
 def shuffled_labels(labels, seed):
     """Permute labels between patients with the same number of films; returns int (n_films,).
 
-    The leak test: a sound evaluation of a model trained on these falls to chance.
+    The leak test: a sound evaluation of a model trained on these falls to chance, in the mean of
+    folds. A fold with many malignant films trains on few, so that pooled films fall below it.
     """
     rng = np.random.default_rng(seed)
     mixed = labels["label"].to_numpy().copy()

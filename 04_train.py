@@ -56,7 +56,7 @@ class Settings(data.Settings, network.Settings, common.RunSettings):
     resume: bool = False  # go on with this run, or with the newest one
     overwrite: bool = False  # delete a run of this name first
     balance: Literal["sampler", "loss", "none"] = "sampler"  # how rare classes count: never both
-    shuffle_labels: bool = False  # leak test: labels permuted between patients; expect chance
+    shuffle_labels: bool = False  # leak test: labels permuted between patients; see the fold mean
     epochs: int = 0  # at most; 0: 5 from a run, 10 from a file, 20 at random; windows 1.6 times
     lr: float = 1e-3  # rate of the new head at first, Adam; rates fall to zero along a cosine
     backbone_lr: float = 1e-4  # rate of the pretrained stages; a random start takes `lr` for both
