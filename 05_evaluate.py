@@ -58,7 +58,7 @@ settings = common.command_line(Settings, __doc__)
 
 
 # %% The interval of a share: nine of ten found sounds like 90 %, and may be 60 %
-# This cell and the next three make tools and try them on made-up numbers; your run comes then.
+# This cell and the next two make tools and try them on made-up numbers; your run comes later.
 # Wilson's interval is right for small numbers too, where the textbook's, share +- 1.96 standard
 # errors, leaves 0 to 1 or has no width at all.
 def wilson(hits, n):
@@ -105,7 +105,7 @@ def ranked(scores, positive, weights, recall=0.95):
         average = (np.diff(tp) * precision).sum(1) / found
         enough = (tp >= recall * found[:, None] - 1e-6).argmax(1)
         specificity = 1 - fp[rows, enough] / passed
-        return area, np.nan_to_num(average), np.where(found > 0, specificity, np.nan)
+        return area, average, np.where(found > 0, specificity, np.nan)
 
 
 def measure(predictions, recalled, weights):
@@ -227,16 +227,16 @@ def compare_runs(names, resamples, seed):
         tables.append(common.read_table(path).set_index("image"))
     films = sorted(set.intersection(*(set(table.index) for table in tables)))
     tables = [table.loc[films].reset_index() for table in tables]
-    if not films or any((t["label"] != tables[0]["label"]).any() for t in tables):
-        raise UserError("the runs have no test films in common, or other labels for them")
+    if not films or len({table[["patient", "label"]].to_csv() for table in tables}) > 1:
+        raise UserError("the runs have no test films in common, or other labels or patients")
     weights = patient_weights(tables[0]["patient"], np.zeros(len(films)), resamples, seed)
     values = [measure(table, None, weights) for table in tables]
     two = len(names) == 2
     last = summarise(values[1] - values[0] if two else sum(values) / len(values))
-    comparison = pd.DataFrame({name: v.iloc[0] for name, v in zip(names, values)})
+    comparison = pd.DataFrame({f"run {name}": v.iloc[0] for name, v in zip(names, values)})
     comparison["difference" if two else "mean"] = last["value"]
-    comparison = comparison.assign(low=last["low"], high=last["high"])
-    return comparison.dropna(how="all")  # of classes that the films have not
+    comparison = comparison.assign(low=last["low"], high=last["high"]).dropna(how="all")
+    return comparison.rename_axis(f"n = {len(films)} films")
 
 
 if settings.compare:
@@ -288,7 +288,7 @@ def load_folds(folder, record, device="auto"):
     """Return the FoldModels of a run (folder runs/<run>, record its settings.json), in order."""
     found = {}
     for path in sorted(folder.glob("fold-*/best.pt")):
-        checkpoint = common.read_checkpoint(path)
+        checkpoint, log = common.read_checkpoint(path), path.with_name("history.csv")
         model = network.MammogramNet(record["recipe"], record["dropout"])
         try:
             model.load_state_dict(checkpoint["model"])
@@ -296,6 +296,10 @@ def load_folds(folder, record, device="auto"):
             reason = str(error).splitlines()[-1].strip()[:100]
             what = f"{path} does not fit the network of step 3, changed since? ({reason})"
             raise UserError(f"{what}; train again") from None
+        waits = record["schedule"][common.LOOKS[path.parent.name.endswith("-window")]]
+        done = len(pd.read_csv(log)) if log.is_file() else 0
+        if done < min(waits["epochs"], checkpoint["epoch"] + waits["patience"]):
+            common.warn(f"{path.parent.name} was stopped after {done} epochs; --resume goes on")
         model = model.to(common.choose_device(device), memory_format=torch.channels_last)
         checkpoint["model"] = model.eval().requires_grad_(False)  # Grad-CAM asks for its own
         found.setdefault(checkpoint["fold"], {})[checkpoint["reduce"]] = checkpoint
@@ -331,8 +335,11 @@ def sides_of_own(paths, settings):
 
 
 sides_of_own(common.named_films(settings.image), settings)
-judged_run, judged_record = common.open_run(settings.run)
-fold_models = load_folds(judged_run, judged_record, settings.device)
+part = common.open_run(settings.run)
+fold_models = load_folds(*part, settings.device)
+judged_run, judged_record = part
+for name in "predictions measured thresholds judged confusion calibration groups pointing".split():
+    globals().pop(name, None)  # those of another run must not get into this one's report
 rows = [(f.number, common.listing(f.epochs), *f.calibration.values()) for f in fold_models]
 columns = ["fold", "best epochs", "temperature", "temperature alone", "weight of the other breast"]
 chosen_on_validation = pd.DataFrame(rows, columns=columns)
@@ -361,7 +368,7 @@ def operating_points(folds, recall, beside=True):
         positive = fold.validation["labels"].numpy() == MALIGNANT
         threshold = choose_threshold(scores[:, MALIGNANT], positive, recall)
         rows.append((fold.number, threshold, int(positive.sum()), len(positive), recall))
-    return pd.DataFrame(rows, columns=["fold", "threshold", "malignant", "films", "recall"])
+    return pd.DataFrame(rows, columns=["fold", "threshold", "malignant", "films", "wanted"])
 
 
 def above_threshold(predictions, thresholds):
@@ -407,7 +414,7 @@ def place_own_films(paths, settings, record):
     rows["unlike"] = common.unlike(rows[common.STATISTICS], usual)
     never = "films are unlike the training films; the models were never tried on such"
     common.warn_of(rows["image"][rows["unlike"]], never)
-    if settings.pair and rows["mirrored"].nunique() == 1:
+    if settings.pair and crop == "breast" and rows["mirrored"].nunique() == 1:
         common.warn("both films look like the same breast; was one mirrored, or named twice?")
     return canvases, rows
 
@@ -534,7 +541,7 @@ def scope_of(predictions, folds, record):
     said.append(f"{share:.0%} of the training patients" if share < 1 else "")
     said.append("one look of two" if len(folds[0].models) < len(record["looks"]) else "")
     n = f"n = {len(predictions)} films of {predictions['patient'].nunique()} patients"
-    said += [n, f"{len(folds)} of {record['data']['folds']} folds"]
+    said += [n, f"{predictions['fold'].nunique()} of {record['data']['folds']} folds"]
     said = ", ".join(filter(None, [*said, f"split seed {record['split_seed']}"]))
     return f"{said},\ntraining seed {record['seed']}, weights: {record['weights_used']}"
 
@@ -543,38 +550,40 @@ prepared = common.open_prepared(judged_record["source_used"])
 predictions, reading = predict_run(fold_models, prepared, judged_record, settings)
 tempering = settings.tempering  # that these films were named with
 common.write_csv(predictions.round(6), judged_run / "predictions.csv")
-label, scope = predictions["label"], scope_of(predictions, fold_models, judged_record)
-title = f"the first predictions; 0 benign, 1 normal, 2 malignant; {scope}"
+part = scope_of(predictions, fold_models, judged_record)
+title = f"the first predictions; 0 benign, 1 normal, 2 malignant; {part}"
 common.table(predictions.head(6).round(3), title)
 
 # %% Test metrics: pooled over the folds, with intervals from resampling patients
 # With 52 malignant films one fold says little, so predictions of all folds are pooled. Specificity
 # at recall 0.95 is read off the test films' own curve, to compare runs; "at the point" is the
 # threshold that validation chose.
-recalled = above_threshold(predictions, thresholds)
-part = predictions["patient"], predictions["fold"]
+# `thresholds` chosen anew and `predictions` filtered count once this cell is run.
+limits, scope = thresholds, scope_of(predictions, fold_models, judged_record)
+measured = predictions.assign(recalled=above_threshold(predictions, limits))
+part = measured["patient"], measured["fold"]
 draws = patient_weights(*part, settings.resamples, settings.seed)
-metrics = summarise(measure(predictions, recalled, draws), len(fold_models))
+metrics = summarise(measure(measured, measured["recalled"], draws), part[1].nunique())
 title = f"test metrics, 95 % intervals over patients (-: there are no such films); {scope}"
 common.table(metrics.round(3), title)
 
 # %% Judged in four ways, beside the claim
 # Part of the other breast's gain is how MIAS was collected: most patients have exactly one abnormal
-# breast. The likeliest class is right most often, and useless, since benign is hardly ever said;
-# dividing by a power of the classes' frequencies, which was chosen on split seed 0, costs little
-# accuracy. A figure means something only beside always answering "normal". The claim is the one
-# that the project began with; nobody has shown how it was measured.
+# breast. The likeliest class is right most often, but seldom says benign; dividing by a power of
+# the classes' frequencies, chosen on split seed 0, says it more often and costs accuracy. A figure
+# means something only beside always answering "normal". The claim is the one that the project began
+# with; nobody has shown how it was measured.
 DECIDED = ["accuracy", "balanced accuracy", "macro F1", *(f"{name} recall" for name in CLASS_NAMES)]
 RANKED = ["AUC malignant", "AUC abnormal", "AUC benign/malignant", "specificity at recall 0.95"]
 RANKED += ["recall at the point", "specificity at the point"]
-part = dict(zip(PROBABILITIES, predictions[ALONE].to_numpy().T))
-part = predictions.assign(**part, predicted=predictions["alone_predicted"])
-row = above_threshold(part, operating_points(fold_models, thresholds["recall"][0], beside=False))
-ways = {"beside the other breast": (predictions, recalled), "film alone": (part, row)}
-part = predictions[PROBABILITIES].to_numpy().argmax(1)
-ways["likeliest class"] = predictions.assign(predicted=part), None
-ways["always normal"] = predictions.assign(predicted=NORMAL), None
-judged = {way: summarise(measure(*ways[way], draws), len(fold_models)) for way in ways}
+part = dict(zip(PROBABILITIES, measured[ALONE].to_numpy().T))
+part = measured.assign(**part, predicted=measured["alone_predicted"])
+row = above_threshold(part, operating_points(fold_models, limits["wanted"][0], beside=False))
+ways = {"beside the other breast": (measured, measured["recalled"]), "film alone": (part, row)}
+part = measured[PROBABILITIES].to_numpy().argmax(1)
+ways["likeliest class"] = measured.assign(predicted=part), None
+ways["always normal"] = measured.assign(predicted=NORMAL), None
+judged = {way: summarise(measure(*ways[way], draws), measured["fold"].nunique()) for way in ways}
 rows = {way: DECIDED + (RANKED if ways[way][1] is not None else []) for way in ways}
 rows = {way: judged[way].loc[rows[way], ["value", "low", "high"]] for way in ways}
 four_ways = pd.concat(rows, axis=1)
@@ -585,16 +594,15 @@ words = pd.DataFrame(words).reindex(DECIDED + RANKED)
 common.table(words, f"judged in four ways, 95 % intervals over patients; {scope}")
 
 # %% Confusion: what is taken for what
-# Where do the errors go? On MIAS most benign and many malignant films are called normal, since two
-# of three films are. The classification report has precision, recall and F1 of each class.
-part = np.unique(label)
+# Where do the errors go? On MIAS half or more of the benign and many malignant films are called
+# normal, since two of three films are. The classification report has precision, recall and F1.
+row, part = (measured["label"], measured["predicted"]), np.unique(measured["label"])
 options = {"labels": part, "target_names": np.take(CLASS_NAMES, part), "zero_division": 0}
-report = sk.classification_report(label, predictions["predicted"], output_dict=True, **options)
-report = pd.DataFrame(report).T
+report = pd.DataFrame(sk.classification_report(*row, output_dict=True, **options)).T
 common.table(report.round(3), f"classification report; {scope}")
-part = np.unique(predictions[["label", "predicted"]])
+part = np.unique(measured[["label", "predicted"]])
 options = {"labels": part, "display_labels": np.take(CLASS_NAMES, part), "cmap": "Blues"}
-confusion = sk.ConfusionMatrixDisplay.from_predictions(label, predictions["predicted"], **options)
+confusion = sk.ConfusionMatrixDisplay.from_predictions(*row, **options)
 common.show(confusion.figure_, judged_run / "figures" / "confusion.png", scope)
 
 
@@ -602,8 +610,8 @@ common.show(confusion.figure_, judged_run / "figures" / "confusion.png", scope)
 # The dot is the threshold that validation films chose; it lies on the curve only roughly, since
 # each fold has its own.
 figure, axis = plt.subplots(figsize=(5.4, 4.6))
-rows = {"malignant": (label == MALIGNANT, predictions["p_malignant"])}
-rows["abnormal"] = label != NORMAL, 1 - predictions["p_normal"]
+rows = {"malignant": (measured["label"] == MALIGNANT, measured["p_malignant"])}
+rows["abnormal"] = measured["label"] != NORMAL, 1 - measured["p_normal"]
 for name, part in rows.items():
     if part[0].nunique() > 1:
         title = "{0}, 95 % {1.low:.2f} to {1.high:.2f}".format(name, metrics.loc[f"AUC {name}"])
@@ -635,18 +643,19 @@ def calibration_errors(probabilities, labels, bins=10):
     return brier, float(sum(gaps) / len(labels))
 
 
-part = prepared.labels.set_index("image").loc[predictions["image"]]
-part = network.beside_other_breast(reading.logits, part)
+part = prepared.labels.set_index("image").loc[measured["image"]]
+part = network.beside_other_breast(reading.logits[measured.index], part)
 rows = {"before": network.probabilities(part, 1.0, torch.ones(3))}
-rows["after"] = predictions[PROBABILITIES].to_numpy()
-calibration = {name: calibration_errors(part, label.to_numpy()) for name, part in rows.items()}
+rows["after"] = measured[PROBABILITIES].to_numpy()
+calibration = {name: calibration_errors(part, measured["label"]) for name, part in rows.items()}
 calibration = pd.DataFrame(calibration, index=["Brier score", "ECE"])
 common.table(calibration.round(3), f"calibration before and after; {scope}")
 figure, axis = plt.subplots(figsize=(4.8, 4.4), layout="constrained")
-for name, part in rows.items():
+part = measured["label"]
+for name, row in rows.items():
     title = "{}: Brier {:.2f}, ECE {:.2f}".format(name, *calibration[name])
     options = {"n_bins": 10, "name": title, "ax": axis, "ref_line": name == "after"}
-    CalibrationDisplay.from_predictions(part.argmax(1) == label, part.max(1), **options)
+    CalibrationDisplay.from_predictions(row.argmax(1) == part, row.max(1), **options)
 axis.set(xlabel="highest probability", ylabel="share of right answers", xlim=(0.3, 1))
 common.show(figure, judged_run / "figures" / "calibration.png", f"Reliability; {scope}")
 
@@ -675,7 +684,7 @@ def by_group(predictions, prepared):
     return pd.DataFrame(rows, columns=columns)
 
 
-groups = by_group(predictions, prepared)
+groups = by_group(measured, prepared)
 common.table(groups.round(2), f"abnormal films and findings, by group; {scope}")
 figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
 part = groups[::-1]
@@ -684,7 +693,7 @@ options = {"finding": "#0072B2", "tissue": "#009E73", "radius": "#CC79A7"}
 options = {"color": part["group"].map(options)}
 options["xerr"] = np.abs(part[["low", "high"]].to_numpy().T - part["called abnormal"].to_numpy())
 axis.barh(rows, part["called abnormal"], capsize=3, **options)
-axis.axvline((predictions["predicted"] != NORMAL)[label == NORMAL].mean(), color="black", ls="--")
+axis.axvline(1 - metrics.loc["normal recall", "value"], color="black", ls="--")
 axis.set(xlabel="share called abnormal, 95 % Wilson intervals (dashed: normal films)", xlim=(0, 1))
 common.show(figure, judged_run / "figures" / "groups.png", scope)
 
@@ -708,10 +717,10 @@ def pointing_game(predictions, reading, prepared):
     Chance is the share of the breast's pixels that would be a hit.
     """
     size = prepared.films.shape[1:]
-    tolerance = max(16, size[0] // 32)  # px
+    tolerance = 16 * data.reduction(prepared.films)  # px
     found = {"cam": peaks(reading.cams, size), "places": peaks(reading.places, size)}
     number = {image: n for n, image in enumerate(prepared.labels["image"])}
-    place = {image: n for n, image in enumerate(predictions["image"])}
+    place = {image: n for n, image in predictions["image"].items()}
     ys, xs = np.mgrid[: size[0], : size[1]]
     rows, usable = [], prepared.findings.dropna(subset=["canvas_radius"])
     for c in usable[usable["image"].isin(place)].itertuples():
@@ -723,7 +732,7 @@ def pointing_game(predictions, reading, prepared):
     return pd.DataFrame(rows, columns=["image", "type", "cam", "places", "chance"])
 
 
-points = pointing_game(predictions, reading, prepared)
+points = pointing_game(measured, reading, prepared)
 pointing = pd.DataFrame({"n": len(points), "hits": points[["cam", "places"]].mean()})
 rows = [wilson(int(points[name].sum()), len(points)) for name in pointing.index]
 pointing = pointing.assign(**dict(zip(("low", "high"), zip(*rows))), chance=points["chance"].mean())
@@ -762,7 +771,7 @@ def draw_sheet(predictions, heats, prepared):
 
 
 for name, part in {"gradcam": reading.cams, "places": reading.places}.items():
-    figure = draw_sheet(predictions, part, prepared)
+    figure = draw_sheet(measured, part, prepared)
     title = f"{name}; what films are called, p of malignant; {scope}"
     common.show(figure, judged_run / "figures" / f"{name}.png", title)
 
@@ -783,8 +792,8 @@ probabilities, PPV and NPV are for its share of classes; screening has fewer can
 summary, row = ("synthetic", "run", "recipe", "seed", "split_seed", "note"), metrics["value"]
 summary = {name: judged_record[name] for name in summary}
 summary.update(source=judged_record["source_used"], weights=judged_record["weights_used"])
-summary.update(n=len(predictions), patients=predictions["patient"].nunique())
-summary.update(folds=sorted(fold.number for fold in fold_models))
+summary.update(n=len(measured), patients=measured["patient"].nunique())
+summary.update(folds=sorted({*measured["fold"]}))
 summary.update(folds_of_the_split=judged_record["data"]["folds"])
 summary.update(shuffled_labels=judged_record["shuffle_labels"], disclaimer=common.DISCLAIMER)
 summary.update(accuracy=row["accuracy"], macro_f1=row["macro F1"])
@@ -796,9 +805,9 @@ tables = {"metrics": metrics, "metrics_film_alone": judged["film alone"]}
 tables["metrics_likeliest_class"] = four_ways["likeliest class"].dropna(how="all")
 summary.update({name: frame.T.to_dict() for name, frame in tables.items()})
 summary.update(pointing_game=pointing.T.to_dict(), calibration=calibration.to_dict())
-summary.update(wanted_recall=thresholds["recall"][0], thresholds=thresholds.to_dict("records"))
+summary.update(wanted_recall=limits["wanted"][0], thresholds=limits.to_dict("records"))
 summary["temperatures"] = [{"fold": f.number, **f.calibration} for f in fold_models]
-summary.update(tempering=tempering, resamples=len(draws) - 1 - len(fold_models))
+summary.update(tempering=tempering, resamples=len(draws) - 1 - len(summary["folds"]))
 common.write_json(summary, judged_run / "metrics.json")
 
 
@@ -819,7 +828,7 @@ def report_page(tables, figures, record, scope):
 
 
 rows = {"metrics": metrics, "judged in four ways": words, "classification report": report}
-rows.update({"thresholds": thresholds, "chosen on validation": chosen_on_validation})
+rows.update({"thresholds": limits, "chosen on validation": chosen_on_validation})
 rows.update({"calibration": calibration, "by group": groups, "pointing game": pointing})
 part = common.read_json(prepared.folder / "prepared.json").get("shortcuts")
 rows["shortcuts: what tells classes apart without a look"] = pd.DataFrame(part)

@@ -2357,7 +2357,7 @@ def open_run(name=""):
 def record_in(folder):
     """Return the settings.json of a run, or end with a message if an earlier version wrote it."""
     record = read_json(folder / "settings.json")
-    lacking = {"source_used", "looks", "data", "film_statistics", "weights_used"} - set(record)
+    lacking = {"source_used", "looks", "data", "film_statistics", "schedule"} - set(record)
     refuse(sorted(lacking), f"{folder} is of an earlier version, train again; its record lacks")
     return record
 

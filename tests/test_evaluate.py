@@ -264,7 +264,8 @@ def test_pointing_game_hits_in_a_circle_and_half_a_place_beyond_and_misses_elsew
     cams[0, 15, 7] = cams[1, 5, 4] = places[0, 5, 3] = 1
     places[1, 5, 5] = 1  # two places, 32 px, from the centre
     reading = network.Reading(None, cams[::-1], places[::-1])
-    points = step.pointing_game(labels[::-1], reading, prepared).set_index("image")
+    turned = labels[::-1].reset_index(drop=True)
+    points = step.pointing_game(turned, reading, prepared).set_index("image")
     assert points["cam"].to_dict() == {"one": False, "two": True}
     assert points["places"].to_dict() == {"one": True, "two": hit}
     inside = np.hypot(*(np.mgrid[:256, :64].T - [87.5, 55.5]).T) <= radius + 16
@@ -542,11 +543,14 @@ def test_the_likeliest_class_stands_beside_the_decision(run):
         step.Settings(tempering=2)
 
 
-def judged_anew(run, **changes):
-    """Return a console's variables after step 5, some changed and its last cells run again."""
+LAST = "Judged", "metrics.json"
+
+
+def judged_anew(run, cells=LAST, **changes):
+    """Return a console's variables after step 5, some changed and some cells run again."""
     names = {**vars(run.done), **changes}
     for title, code in kernels.split_cells(PROJECT / "05_evaluate.py"):
-        if title.startswith(("Judged", "metrics.json")):
+        if title.startswith(cells):
             exec(code, names)
     return names
 
@@ -587,6 +591,48 @@ def test_a_setting_changed_after_predict_mixes_no_old_figures_with_new_ones(run)
     pd.testing.assert_frame_equal(names["four_ways"], run.done.four_ways)
     assert run.values["wanted_recall"] == 0.8 and run.values["resamples"] > 7
     assert common.read_json(folder / "metrics.json") == run.values
+
+
+def test_thresholds_chosen_anew_are_not_mixed_with_older_figures(run):
+    folder = common.runs_dir("other")
+    chosen = step.operating_points(run.folds, 0.5)
+    names = judged_anew(run, thresholds=chosen, judged_run=folder)
+    pd.testing.assert_frame_equal(names["four_ways"], run.done.four_ways)
+    assert common.read_json(folder / "metrics.json") == run.values
+    names = judged_anew(run, ("Test metrics", *LAST), thresholds=chosen, judged_run=folder)
+    assert common.read_json(folder / "metrics.json")["wanted_recall"] == 0.5
+
+
+def test_predictions_sorted_or_filtered_in_the_console_keep_their_labels_and_maps(run):
+    cells = "Test metrics", "Judged", "Confusion", "ROC", "Calibration", "The pointing", "metrics"
+    changed = run.done.predictions.sort_values("p_malignant")
+    names = judged_anew(run, cells, predictions=changed, judged_run=common.runs_dir("other"))
+    for name in ("metrics", "four_ways", "report", "calibration", "pointing"):
+        wanted = getattr(run.done, name)
+        pd.testing.assert_frame_equal(names[name], wanted, check_dtype=False, obj=name, atol=1e-6)
+    changed = run.done.predictions[run.done.predictions["fold"] == 1]
+    names = judged_anew(run, cells, predictions=changed, judged_run=common.runs_dir("other"))
+    assert f"n = {len(changed)} films" in names["scope"] and "1 of 3 folds" in names["scope"]
+    assert names["metrics"]["fold sd"].isna().all()
+    assert (names["metrics"]["fold mean"] - names["metrics"]["value"]).abs().max() < 1e-6
+    values = common.read_json(common.runs_dir("other") / "metrics.json")
+    assert values["folds"] == [1] and values["resamples"] == run.values["resamples"]
+
+
+def test_predictions_of_another_run_do_not_get_into_a_report(run):
+    later = "Test metrics", "Judged", "Confusion", "ROC", "Calibr", "By group", "The point", "metr"
+    for cell in later:
+        with pytest.raises(NameError, match="is not defined"):
+            judged_anew(run, ("The run and its folds", cell))
+
+
+def test_a_network_that_was_stopped_is_named(run, capsys):
+    step.load_folds(run.folder, run.record, "cpu")
+    assert "was stopped" not in capsys.readouterr().err
+    record = {**run.record, "schedule": {"whole": {"epochs": 9, "patience": 4}}}
+    step.load_folds(run.folder, record, "cpu")
+    done = len(pd.read_csv(run.folder / "fold-0" / "history.csv"))
+    assert f"fold-0 was stopped after {done} epochs" in capsys.readouterr().err
 
 
 def test_nothing_that_chooses_reads_a_test_patient(run):
@@ -710,7 +756,25 @@ def test_runs_on_films_and_patients_called_001_and_na_can_be_compared(home):
         common.write_csv(table, common.runs_dir(name) / "predictions.csv")
     comparison = step.compare_runs(["one", "two"], 50, 0)
     right = (table["label"] == table["predicted"]).mean()
-    assert comparison.loc["accuracy", "one"] == pytest.approx(right)
+    assert comparison.loc["accuracy", "run one"] == pytest.approx(right)
+
+
+def test_compared_runs_have_the_same_patients_and_it_is_said_how_many_films(home):
+    table = judged(np.arange(40) % 3)[0].assign(image=[f"f{n}" for n in range(40)])
+    for name, part in {"low": table, "high": table[:30]}.items():
+        common.write_csv(part, common.runs_dir(name) / "predictions.csv")
+    found = step.compare_runs(["low", "high"], 50, 0)
+    assert found.index.name == "n = 30 films" and (found["run low"] == found["run high"]).all()
+    part = table.assign(patient=range(40))
+    common.write_csv(part, common.runs_dir("split otherwise") / "predictions.csv")
+    with pytest.raises(UserError, match="patients"):
+        step.compare_runs(["split otherwise", "low"], 50, 0)
+
+
+def test_average_precision_without_malignant_films_is_not_defined():
+    table, recalled = judged(np.arange(40) % 2)  # benign and normal
+    values = step.measure(table, recalled, np.ones((1, 40), np.float32))
+    assert values[["average precision malignant", "AUC malignant"]].isna().all(axis=None)
 
 
 def test_one_fold_without_malignant_films_is_evaluated_and_recorded_as_json(run, home, monkeypatch):
@@ -861,6 +925,9 @@ def test_both_films_of_a_person_are_each_judged_beside_the_other(read, run, caps
     assert read(*films[::-1], pair=True)[P].to_numpy() == pytest.approx(table[P].to_numpy()[::-1])
     first = couple["laterality"].iloc[0]
     pd.testing.assert_frame_equal(read(*films, pair=True, laterality=first), table)
+    run.record["data"]["crop"] = "none"  # then nothing is mirrored
+    read(*films, pair=True)
+    run.record["data"]["crop"] = "breast"
     assert "same breast" not in capsys.readouterr().err
     apart, single = read(*films), pd.concat([read(n) for n in films], ignore_index=True)
     pd.testing.assert_frame_equal(apart, single)
@@ -897,6 +964,15 @@ def test_predictions_are_written_before_the_first_figure_and_figures_drawn_one_b
     monkeypatch.setattr(common, "show", show)
     command(*FLAGS, "--run", "cv", "--image", *[path] * 3)
     assert shown == [(True, before + 1)] * 3
+
+
+def test_no_film_is_named_by_nothing():
+    settings = step.Settings(image="a.png")
+    for value in ("", None, [""]):
+        settings.image = value
+        assert settings.image == ()
+    settings.image = [Path("x"), "y"]
+    assert settings.image == (Path("x"), "y")
 
 
 @pytest.mark.parametrize(

@@ -655,7 +655,9 @@ def note_run(tiny, name, **changes):
     """Write settings.json of a run that began with the quick settings."""
     settings = dataclasses.asdict(step.Settings(**{**QUICK, **changes}))
     record = {**settings, "data": tiny.identity(), "note": "", "film_bits": 8}
-    record.update(source_used="phantom", film_statistics={}, weights_used="none (random start)")
+    record.update(
+        source_used="phantom", film_statistics={}, schedule={}, weights_used="none (random start)"
+    )
     common.write_json(record, common.runs_dir(name) / "settings.json")
     return common.read_json(common.runs_dir(name) / "settings.json")
 
