@@ -374,9 +374,7 @@ options.update(split_seed=as_made["seed"], shortcuts=as_made["shortcuts"])
 tables = {"films.csv": usable.loc[rows].drop(columns="problem"), "labels.csv": used_labels}
 tables.update({"findings.csv": placed_findings, "splits.csv": splits})
 with common.locked(common.data_dir()):
-    # Windows' Thumbs.db and Excel's ~$mine.xlsx come and go
-    part = [t[~t["name"].str.contains(r"\.db$|~\$")] for t in (common.list_files(folder), files)]
-    if not part[0].set_index("path").equals(part[1].set_index("path")):
+    if not common.list_files(folder).equals(files):
         raise UserError(f"files in {folder} changed meanwhile; run 01_prepare_data.py again")
     common.save_prepared((canvases[n] for n in rows), tables, options)
     prepared = common.load_prepared(as_made["source"])  # under the lock, before another changes it

@@ -950,6 +950,8 @@ def bits_of_set(paths):
 def list_files(folder):
     """Return all files in a folder and below, but for hidden ones; links are followed.
 
+    Left out as well is what comes and goes by itself: Windows' Thumbs.db, Excel's ~$mine.xlsx.
+
     Returns
     -------
     files : DataFrame
@@ -966,7 +968,7 @@ def list_files(folder):
         seen.add(os.path.realpath(root))  # a link may lead back up
         real = {name: os.path.realpath(os.path.join(root, name)) for name in folders}
         folders[:] = [n for n in real if not n.startswith(".") and real[n] not in seen]
-        paths += [Path(root, name) for name in names if not name.startswith(".")]
+        paths += [Path(root, n) for n in names if not n.startswith((".", "~$", "Thumbs.db"))]
     rows = []
     for path in sorted(paths):
         name, status = path.relative_to(folder), path.stat()
