@@ -2359,7 +2359,8 @@ def open_run(name=""):
 def record_in(folder):
     """Return the settings.json of a run, or end with a message if an earlier version wrote it."""
     record = read_json(folder / "settings.json")
-    lacking = {"source_used", "looks", "data", "film_statistics", "schedule"} - set(record)
+    needed = {"source_used", "looks", "data", "film_statistics", "weights_used", "schedule"}
+    lacking = needed - set(record)
     refuse(sorted(lacking), f"{folder} is of an earlier version, train again; its record lacks")
     return record
 
