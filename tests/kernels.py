@@ -2,7 +2,7 @@
 
 The test plays the editor: ``%runcell -i N FILE`` makes the kernel ask for the code of that cell
 over a comm named ``spyder_api``. The answer must come on the control channel, because the shell
-channel is busy with the magic. Needs spyder-kernels 3.1, jupytext and nbconvert.
+channel is busy with the magic. Needs spyder-kernels 3.1.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import os
 import queue
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -69,19 +68,38 @@ def _as_sent(code, lines_above):
     return "\n" * (lines_above + head.count("\n")) + code[len(head) :]
 
 
-def _kernels(folder, module):
-    """Write a kernelspec for ``python -m module`` below `folder`; return the folder of kernels."""
-    spec = Path(folder, "kernels", KERNEL, "kernel.json")
-    spec.parent.mkdir(parents=True)
-    argv = [sys.executable, "-m", module, "-f", "{connection_file}"]
-    spec.write_text(json.dumps({"argv": argv, "display_name": KERNEL, "language": "python"}))
-    return str(spec.parent.parent)
-
-
 def _environment(folder, added):
     """Return ``os.environ`` with `added`, without the user's IPython profile and `DROPPED`."""
     environ = {name: value for name, value in os.environ.items() if name not in DROPPED}
     return {**environ, "IPYTHONDIR": str(Path(folder, "ipython")), **added}
+
+
+@contextlib.contextmanager
+def _started(module, cwd, env, timeout):
+    """Start ``python -m module`` as a kernel; yield its manager and client, and kill it at last.
+
+    They talk over socket files: a TCP port that was free when the kernel was started may be taken
+    once it binds it.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        spec = Path(folder, "kernels", KERNEL, "kernel.json")
+        spec.parent.mkdir(parents=True)
+        argv = [sys.executable, "-m", module, "-f", "{connection_file}"]
+        spec.write_text(json.dumps({"argv": argv, "display_name": KERNEL, "language": "python"}))
+        manager = KernelManager(
+            kernel_name=KERNEL,
+            kernel_spec_manager=KernelSpecManager(kernel_dirs=[str(spec.parent.parent)]),
+            connection_file=str(Path(folder, "connection.json")),
+            transport="tcp" if os.name == "nt" else "ipc",
+        )
+        stack.callback(manager.shutdown_kernel, now=True)
+        manager.start_kernel(cwd=str(cwd), env=_environment(folder, env))
+        client = manager.blocking_client()
+        stack.callback(client.stop_channels)
+        client.start_channels()
+        client.wait_for_ready(timeout=timeout)
+        yield manager, client
 
 
 class SpyderKernel:
@@ -103,21 +121,10 @@ class SpyderKernel:
 
     def __enter__(self):
         """Start the kernel, open the editor's comm and configure the kernel as Spyder does."""
+        env = {"SPY_PARENT_PID": str(os.getpid()), "SPY_TESTING": "True", **(self.env or {})}
         with contextlib.ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            specs = KernelSpecManager(kernel_dirs=[_kernels(folder, "spyder_kernels.console")])
-            self._manager = KernelManager(
-                kernel_name=KERNEL,
-                kernel_spec_manager=specs,
-                connection_file=str(Path(folder, "connection.json")),
-            )
-            env = {"SPY_PARENT_PID": str(os.getpid()), "SPY_TESTING": "True", **(self.env or {})}
-            stack.callback(self._manager.shutdown_kernel, now=True)
-            self._manager.start_kernel(cwd=str(self.cwd), env=_environment(folder, env))
-            self._client = self._manager.blocking_client()
-            stack.callback(self._client.stop_channels)
-            self._client.start_channels()
-            self._client.wait_for_ready(timeout=self.start_timeout)
+            kernel = _started("spyder_kernels.console", self.cwd, env, self.start_timeout)
+            self._manager, self._client = stack.enter_context(kernel)
             self._send("shell", "comm_open", {}, target_name="spyder_api")
             conf = {"namespace_view_settings": VIEW, "autoreload_magic": True}
             self._call("set_configuration", conf)
@@ -242,38 +249,16 @@ class SpyderKernel:
             )
 
 
-def run_as_notebook(path, cwd, env=None, timeout=300):
-    """Run all cells in a notebook kernel of this interpreter, as VS Code would.
+def run_as_notebook(path, cwd, env=None, timeout=300.0):
+    """Run the cells in a notebook kernel of this interpreter, as VS Code would, up to an error.
 
-    Returns a `subprocess.CompletedProcess`: ``returncode`` is not 0 if a cell raised, and
-    ``stderr`` then ends with the traceback.
+    Returns the traceback of the cell that raised, or "".
     """
-    with tempfile.TemporaryDirectory() as folder:
-        _kernels(folder, "ipykernel_launcher")
-        command = [
-            sys.executable,
-            "-m",
-            "jupytext",
-            "--to",
-            "ipynb",
-            "--execute",
-            "--set-kernel",
-            KERNEL,
-            "--run-path",
-            os.path.abspath(cwd),  # jupytext would take a relative one from the script's folder
-            "--output",
-            str(Path(folder, "out.ipynb")),
-            os.path.abspath(path),
-        ]
-        environ = _environment(folder, {"JUPYTER_PATH": folder, **(env or {})})
-        done = subprocess.run(
-            command,
-            cwd=str(cwd),
-            env=environ,
-            timeout=timeout,
-            check=False,
-            capture_output=True,
-            encoding="utf-8",
-        )
-    done.stderr = COLOUR.sub("", done.stderr)
-    return done
+    with _started("ipykernel_launcher", cwd, env or {}, timeout) as (_, client):
+        for _, code in split_cells(path):
+            done = client.execute_interactive(
+                code, allow_stdin=False, timeout=timeout, output_hook=lambda _: None
+            )
+            if done["content"]["status"] != "ok":
+                return COLOUR.sub("", "\n".join(done["content"]["traceback"]))
+    return ""

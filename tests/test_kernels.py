@@ -150,12 +150,13 @@ def test_a_notebook_run_fails_only_if_a_cell_raises(tmp_path):
     start = "# %% Größe\nimport sys\nfrom pathlib import Path\n"
     good, bad = tmp_path / "gutes heft.py", tmp_path / "bad.py"
     good.write_text(start + "Path('python.txt').write_text(sys.executable)\n", encoding="utf-8")
-    bad.write_text(start + "# %% Bad\nraise ValueError('schön')\n", encoding="utf-8")
+    raising = start + "# %% Bad\nraise ValueError('schön')\n# %%\nopen('later.txt', 'w')\n"
+    bad.write_text(raising, encoding="utf-8")
     cwd = tmp_path / "cwd"
     cwd.mkdir()
     with ThreadPoolExecutor() as pool:
         done, failed = pool.map(lambda path: kernels.run_as_notebook(path, cwd), [good, bad])
-    assert done.returncode == 0, done.stderr
+    assert done == ""
     assert (cwd / "python.txt").read_text(encoding="utf-8") == sys.executable
-    assert failed.returncode != 0 and "ValueError: schön" in failed.stderr
+    assert "ValueError: schön" in failed and not (cwd / "later.txt").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.py", "cwd", "gutes heft.py"]
