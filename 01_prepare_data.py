@@ -296,11 +296,11 @@ def contrast(findings, films, canvases):
 def place_findings(findings, films, canvases, crop="breast"):
     """Add canvas_x, canvas_y and canvas_radius (px), empty for a circle that is unusable.
 
-    `films` has image and geometry, its index the row in `canvases`. What is unusable, or is cut by
-    the crop, is named in a warning.
+    `films` has image and geometry, its index the row in `canvases`. What is unusable is named in a
+    warning.
     """
     findings = findings.reset_index(drop=True)
-    placed, off, cut = np.full((len(findings), 3), np.nan), [], []
+    placed, off = np.full((len(findings), 3), np.nan), []
     number = dict(zip(films["image"], films.index))
     for row in findings.dropna(subset=["radius"]).itertuples():
         n = number[row.image]
@@ -312,15 +312,9 @@ def place_findings(findings, films, canvases, crop="breast"):
             off.append(row.image)
             findings.loc[row.Index, ["x", "y", "radius"]] = np.nan
             continue
-        centre, last = np.array([row.x, row.y]), (g.film_width - 1, g.film_height - 1)
-        start, end = ((centre + side * row.radius).clip(0, last) for side in (-1, 1))
-        first = np.array([g.crop_left, g.crop_top])
-        if (start < first).any() or (end > first + [g.crop_width - 1, g.crop_height - 1]).any():
-            cut.append(row.image)
         placed[row.Index] = x, y, row.radius * g.scale
     findings[["canvas_x", "canvas_y", "canvas_radius"]] = placed
     common.warn_of(off, "circles have their centre off the breast, and are not used")
-    common.warn_of(cut, "circles reach out of the crop")
     given = findings[["x", "y", "radius"]].dropna()
     if len(given) and given.to_numpy().max() <= 100 < films["film_height"].min() / 4:
         common.warn("all findings lie within 100 px of the top left corner: are they per cent?")

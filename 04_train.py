@@ -97,7 +97,8 @@ def shares_used(train_films, validation_films, fold):
     return dict(zip(("validation_used", "train_share_used"), used))
 
 
-prepared = common.open_prepared(common.source_of(settings))
+part = common.record_in(common.find_run(settings.run)) if settings.resume else {}
+prepared = common.open_prepared(part.get("source_used", settings.source))
 settings = common.taken_up(settings, prepared)
 all_folds = data.named_folds(settings.fold, prepared.splits)
 rank, count = common.processes()

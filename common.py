@@ -2383,13 +2383,6 @@ def folder_of_run(settings, record):
 MAY_CHANGE = "run resume overwrite fold epochs patience device precision".split()
 
 
-def source_of(settings):
-    """Return the source that is named or, where a run goes on, the run's own."""
-    if not settings.resume:
-        return settings.source
-    return record_in(find_run(settings.run))["source_used"]
-
-
 def taken_up(settings, prepared):
     """Return settings as they are or, where `resume` is set, filled with those of their run.
 

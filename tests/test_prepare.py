@@ -534,7 +534,7 @@ def test_renamed_double_missing_and_foreign_films_are_named(capsys):
     assert "1 films differ" in capsys.readouterr().err
 
 
-def test_a_circle_off_the_breast_is_put_aside_and_one_cut_by_the_crop_is_named(capsys):
+def test_a_circle_off_the_breast_is_put_aside_and_one_cut_by_the_crop_is_kept():
     canvas, geometry, _ = common.place_film(breast(), "left", (64, 64))
     table = pd.DataFrame([{"image": "mdb002", **geometry._asdict()}])
     columns = ["image", "type", "severity", "x", "y", "radius"]
@@ -546,9 +546,7 @@ def test_a_circle_off_the_breast_is_put_aside_and_one_cut_by_the_crop_is_named(c
     third = np.stack([0 * canvas, 0 * canvas, canvas])  # the index is the row in the canvases
     assert prepare.place_findings(parsed, table.set_axis([2]), third).equals(placed)
     big = pd.DataFrame([("mdb002", "CIRC", "B", 60, 64, 60)], columns=columns)
-    capsys.readouterr()
     assert prepare.place_findings(big, table, canvas[None])["canvas_radius"].notna().all()
-    assert "1 circles reach out of the crop: mdb002" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- (g) archives
