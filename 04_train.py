@@ -602,9 +602,9 @@ with common.recorded(run_folder, record, settings):
             break
     problems, whole = sum(common.collect(problems), []), all(common.collect(whole))
     history = common.merge_histories(run_folder, rank == 0)
-best_file = run_folder / common.fold_name(first_fold, schedule.index[0]) / "best.pt"
-if best_file.is_file():
-    trained_model.load_state_dict(common.read_checkpoint(best_file)["model"])
+part = run_folder / common.fold_name(first_fold, schedule.index[0]) / "best.pt"
+if part.is_file():
+    trained_model.load_state_dict(common.read_checkpoint(part)["model"])
 trained_model.eval()
 if problems and rank == 0:
     raise UserError("; ".join(problems) + ". --resume goes on with these folds")

@@ -549,6 +549,7 @@ def scope_of(predictions, folds, record):
 prepared = common.open_prepared(judged_record["source_used"])
 predictions, reading = predict_run(fold_models, prepared, judged_record, settings)
 tempering = settings.tempering  # that these films were named with
+read_rows = pd.Series(predictions.index, predictions["image"])  # of `reading`
 common.write_csv(predictions.round(6), judged_run / "predictions.csv")
 part = scope_of(predictions, fold_models, judged_record)
 title = f"the first predictions; 0 benign, 1 normal, 2 malignant; {part}"
@@ -561,6 +562,7 @@ common.table(predictions.head(6).round(3), title)
 # `thresholds` chosen anew and `predictions` filtered count once this cell is run.
 limits, scope = thresholds, scope_of(predictions, fold_models, judged_record)
 measured = predictions.assign(recalled=above_threshold(predictions, limits))
+measured.index = read_rows[measured["image"]]  # whatever order and numbers they have here
 part = measured["patient"], measured["fold"]
 draws = patient_weights(*part, settings.resamples, settings.seed)
 metrics = summarise(measure(measured, measured["recalled"], draws), part[1].nunique())
@@ -643,8 +645,8 @@ def calibration_errors(probabilities, labels, bins=10):
     return brier, float(sum(gaps) / len(labels))
 
 
-part = prepared.labels.set_index("image").loc[measured["image"]]
-part = network.beside_other_breast(reading.logits[measured.index], part)
+part = prepared.labels.set_index("image").loc[read_rows.index]
+part = network.beside_other_breast(reading.logits, part)[measured.index]
 rows = {"before": network.probabilities(part, 1.0, torch.ones(3))}
 rows["after"] = measured[PROBABILITIES].to_numpy()
 calibration = {name: calibration_errors(part, measured["label"]) for name, part in rows.items()}

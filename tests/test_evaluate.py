@@ -605,11 +605,12 @@ def test_thresholds_chosen_anew_are_not_mixed_with_older_figures(run):
 
 def test_predictions_sorted_or_filtered_in_the_console_keep_their_labels_and_maps(run):
     cells = "Test metrics", "Judged", "Confusion", "ROC", "Calibration", "The pointing", "metrics"
-    changed = run.done.predictions.sort_values("p_malignant")
-    names = judged_anew(run, cells, predictions=changed, judged_run=common.runs_dir("other"))
-    for name in ("metrics", "four_ways", "report", "calibration", "pointing"):
-        wanted = getattr(run.done, name)
-        pd.testing.assert_frame_equal(names[name], wanted, check_dtype=False, obj=name, atol=1e-6)
+    for anew in (False, True):  # with the old numbers of their rows, and with new ones
+        changed = run.done.predictions.sort_values("p_malignant", ignore_index=anew)
+        names = judged_anew(run, cells, predictions=changed, judged_run=common.runs_dir("other"))
+        options = {"check_dtype": False, "atol": 1e-6}
+        for name in ("metrics", "four_ways", "report", "calibration", "pointing"):
+            pd.testing.assert_frame_equal(names[name], getattr(run.done, name), obj=name, **options)
     changed = run.done.predictions[run.done.predictions["fold"] == 1]
     names = judged_anew(run, cells, predictions=changed, judged_run=common.runs_dir("other"))
     assert f"n = {len(changed)} films" in names["scope"] and "1 of 3 folds" in names["scope"]
@@ -617,6 +618,13 @@ def test_predictions_sorted_or_filtered_in_the_console_keep_their_labels_and_map
     assert (names["metrics"]["fold mean"] - names["metrics"]["value"]).abs().max() < 1e-6
     values = common.read_json(common.runs_dir("other") / "metrics.json")
     assert values["folds"] == [1] and values["resamples"] == run.values["resamples"]
+    films = run.prepared.labels.set_index("image").loc[run.done.predictions["image"]]
+    left = (films["laterality"] == "left").to_numpy()  # the other breast counts all the same
+    changed = run.done.predictions[left].reset_index(drop=True)
+    names = judged_anew(run, cells, predictions=changed, judged_run=common.runs_dir("other"))
+    logits = network.beside_other_breast(run.done.reading.logits, films)[left.copy()]
+    before = step.calibration_errors(logits.softmax(1).numpy(), changed["label"])
+    assert names["calibration"]["before"].tolist() == pytest.approx(before, abs=1e-6)
 
 
 def test_predictions_of_another_run_do_not_get_into_a_report(run):
