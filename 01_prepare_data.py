@@ -155,7 +155,7 @@ def scan_to_canvas(row, files, size, crop):
     """
     with contextlib.suppress(UserError, ValueError, OSError):
         found, _ = common.match_films(row.to_frame().T, files)
-        film = common.read_film(found[row["image"]], notes=[])
+        film = common.read_film(found[row["image"]], notes=[], crop=crop)
         side = common.chest_wall(film, common.sides_of(pd.Series([row["laterality"]]))[0])
         canvas, _, outline = common.place_film(film, side, size, crop)
         steps = common.find_breast(film, side) if crop == "breast" else {}

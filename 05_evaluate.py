@@ -403,7 +403,7 @@ def place_own_films(paths, settings, record):
     def place(item):
         number, path, side = item
         canvases[number], row = common.prepare_film(path, side, size, crop, bits)
-        return {"image": str(path), **row, "bits": bits}
+        return {"image": str(path), **row, "bits": bits, "crop": crop}
 
     items = [*zip(range(len(paths)), paths, sides_of_own(paths, settings))]
     rows = pd.DataFrame(common.in_threads(place, items, "placing"))
@@ -461,7 +461,7 @@ def read_own_films(paths, folds, record, settings):
 
 def draw_own_film(row, cam, places, size):
     """Draw a film, and over it Grad-CAM and the map of places; return the figure."""
-    film = common.read_film(row["file"], row["bits"], [])
+    film = common.read_film(row["file"], row["bits"], [], row["crop"])
     figure, axes = plt.subplots(1, 3, figsize=(9, 4.2), layout="constrained")
     pictures = {Path(row["image"]).name: np.zeros((2, 2)), "Grad-CAM": cam, "places": places}
     for axis, (title, heat) in zip(axes, pictures.items()):

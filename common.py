@@ -621,7 +621,7 @@ SIDE_FILES = ".txt .csv .tsv .json .xml .md .pdf .html .xls .xlsx .doc .docx .in
 MASK = r"(^|[\W_])(masks?|gt|ground[\W_]?truths?|segmentations?|annotations?)([\W_\d]|$)"
 
 
-def read_film(path, bits=None, notes=None):
+def read_film(path, bits=None, notes=None, crop="breast"):
     """Read a film as grey values.
 
     Parameters
@@ -633,6 +633,8 @@ def read_film(path, bits=None, notes=None):
         default by the depth that holds 99.99 % of its own pixels. What lies above is clipped.
     notes : list, optional
         Takes what was guessed or is odd, in place of a warning.
+    crop : "breast" or "none"
+        Negatives are looked for in films of a breast only.
 
     Returns
     -------
@@ -658,7 +660,7 @@ def read_film(path, bits=None, notes=None):
         if isinstance(error, (PermissionError, IsADirectoryError)):
             raise
         raise UserError(f"{path} cannot be decoded ({error}); copy it from the source") from None
-    pixels = as_positive(pixels, said, stated=dicom)
+    pixels = as_positive(pixels, said, stated=dicom) if crop == "breast" else pixels
     used = bits_in_use(bit_lengths(pixels))
     if depth == 8 and used <= (bits or 8) < 8:
         depth = bits
@@ -1994,7 +1996,7 @@ def prepare_film(path, laterality, size, crop="breast", bits=None, shape=None):
     """
     row, notes = {"file": str(path.resolve()), "digest": "", "problem": ""}, []
     try:
-        film = read_film(path, bits, notes)
+        film = read_film(path, bits, notes, crop)
         row["digest"] = hashlib.sha256(np.ascontiguousarray(film)).hexdigest()[:16]
         if shape and film.shape != shape:
             found, expected = (f"{height} x {width}" for height, width in (film.shape, shape))
@@ -2646,7 +2648,7 @@ def check_films(source, films, missing, allow_partial):
     """
     usable = films["problem"] == ""
     twice = films["image"][films["digest"].duplicated(keep=False) & usable]
-    refuse(twice, "the same pixels under several names")
+    refuse(twice, "the same pixels under several names; delete all rows but one of each")
     if source == "mias":
         belongs = films["digest"].str[:6].map(known_digests())
         renamed = films["image"][belongs.notna() & (belongs != films["image"])]

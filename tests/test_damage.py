@@ -140,7 +140,7 @@ def test_names_in_a_csv_match_whatever_their_case(home):
 def test_the_same_film_under_two_names_is_refused(home):
     choice = own_films(home)
     shutil.copy(str(home / "scans" / "000.png"), str(home / "scans" / "007.png"))
-    assert "same pixels under several names: 000, 007" in refused(prepare_data, **choice)
+    assert "all rows but one of each: 000, 007" in refused(prepare_data, **choice)
 
 
 ROWS = {

@@ -1065,6 +1065,8 @@ def test_24_own_films_are_read_and_drawn_one_by_one_and_it_says_what_it_does(
 def test_25_whole_images_of_another_modality_and_masks_left_out(home, small, capsys):
     rng = np.random.default_rng(0)
     films = {f"s{n:02d}.png": rng.integers(20, 250, (90, 120), np.uint8) for n in range(12)}
+    y, x = np.mgrid[-1:1:90j, -1:1:120j]  # darker inside, as a negative of a breast is
+    films["s01.png"] = (40 + 90 * (x**2 + y**2)).astype(np.uint8)
     masks = {f"s{n:02d}_mask.png": np.eye(90, dtype=np.uint8) * 255 for n in range(3)}
     choice = saved(
         home,
@@ -1078,6 +1080,7 @@ def test_25_whole_images_of_another_modality_and_masks_left_out(home, small, cap
     assert not prepared.table["mirrored"].any()
     shrunk = np.asarray(Image.fromarray(films["s00.png"]).resize((64, 48), Image.BILINEAR))
     assert np.abs(prepared.films[0][:48].astype(int) - shrunk).max() <= 1
+    assert prepared.films[1][24, 32] < 42 and prepared.films[1][0, 0] > 200
     assert prepared.findings["canvas_x"].between(53, 54).all()
     run_main("04_train.py", weights="none", epochs=1, freeze=5, validation=0.5)
     own = run_main("05_evaluate.py", image=str(home / "scans" / "s00.png")).own
