@@ -49,7 +49,7 @@ def cbis(home, path):
             text[-1] = text[-1].replace("x/y", '"x/y')  # a line end in the last quoted field
             names.append(path.format(f"{kind}-Training_P_0000{n}_{side}_CC", *uids))
         table(home, "\r\n".join(text), name=f"{kind.lower()}_case_description_train_set.csv")
-    return str(home / README["CBIS-DDSM"]["--labels"].split("/")[1]), sorted(set(names))
+    return str(home / "*_case_description_*.csv"), sorted(set(names))
 
 
 @pytest.mark.parametrize("path", ["{0}/07-20-2016-DDSM/1.000000-full/1-1.dcm", "jpeg/{2}/1-7.jpg"])
@@ -67,6 +67,9 @@ def test_cbis_ddsm_four_tables_by_a_pattern(home, capsys, path):
     assert "1 films have several rows, 1 of them several labels; the worst counts" in (
         capsys.readouterr().out
     )
+    masses = home / README["CBIS-DDSM"]["--labels"].split("/")[1]
+    found = common.read_own_labels(str(masses), files)["image"]
+    assert len(found) == 2 and found.str.startswith("Mass-").all()
 
 
 def test_inbreast(home, capsys):
