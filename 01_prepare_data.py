@@ -297,14 +297,16 @@ def place_findings(findings, films, canvases, crop="breast"):
     """Add canvas_x, canvas_y and canvas_radius (px), empty for a circle that is unusable.
 
     `films` has image and geometry, its index the row in `canvases`. What is unusable is named in a
-    warning.
+    warning; a centre outside of its film is refused.
     """
     findings = findings.reset_index(drop=True)
-    placed, off = np.full((len(findings), 3), np.nan), []
+    placed, off, outside = np.full((len(findings), 3), np.nan), [], []
     number = dict(zip(films["image"], films.index))
     for row in findings.dropna(subset=["radius"]).itertuples():
         n = number[row.image]
         g = common.geometry_of(films.loc[n])
+        if not (0 <= row.x < g.film_width and 0 <= row.y < g.film_height):
+            outside.append(row.image)
         x, y = common.film_to_canvas(row.x, row.y, g)
         inside = 0 <= x < canvases.shape[2] and 0 <= y < canvases.shape[1]
         level = common.tissue_threshold(canvases[n]) if crop == "breast" else -1
@@ -314,10 +316,8 @@ def place_findings(findings, films, canvases, crop="breast"):
             continue
         placed[row.Index] = x, y, row.radius * g.scale
     findings[["canvas_x", "canvas_y", "canvas_radius"]] = placed
+    common.refuse(outside, "findings lie outside; scale them, or take the films they are px of")
     common.warn_of(off, "circles have their centre off the breast, and are not used")
-    given = findings[["x", "y", "radius"]].dropna()
-    if len(given) and given.to_numpy().max() <= 100 < films["film_height"].min() / 4:
-        common.warn("all findings lie within 100 px of the top left corner: are they per cent?")
     return findings
 
 

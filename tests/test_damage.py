@@ -146,11 +146,11 @@ def test_the_same_film_under_two_names_is_refused(home):
 ROWS = {
     "x off the film": (
         "mdb002 F CIRC B 5000 60 9",
-        "centre off the breast, and are not used: mdb002",
+        "error: findings lie outside; scale them, or take the films they are px of: mdb002",
     ),
     "y off the film": (
         "mdb002 F CIRC B 40 5000 9",
-        "centre off the breast, and are not used: mdb002",
+        "error: findings lie outside; scale them, or take the films they are px of: mdb002",
     ),
     "on the background": (
         "mdb002 F CIRC B 127 1 1",

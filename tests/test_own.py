@@ -340,7 +340,10 @@ def test_6_findings_are_circles_or_boxes_and_checked(home, capsys):
     findings.write_text("image,pathology,x,y,radius\nf02,BENIGN,30,60,5\n")
     assert prepare_data(**choice, findings=str(findings)).findings["severity"][0] == "B"
     capsys.readouterr()
-    findings.write_text("image,x,y,radius\nf00,500,60,5\nf02,120,2,5\nf03,10,64,40\n")
+    findings.write_text("image,x,y,radius\nf00,20,60,5\nf02,128,64,5\nf03,20,128,5\n")
+    message = refused(prepare_data, **choice, findings=str(findings))
+    assert "scale them, or take the films they are px of: f02, f03" in message
+    findings.write_text("image,x,y,radius\nf00,127,60,5\nf02,120,2,5\nf03,10,64,40\n")
     prepared = prepare_data(**choice, findings=str(findings))
     assert prepared.findings["canvas_radius"].notna().tolist() == [False, False, True]
     said = capsys.readouterr().err
