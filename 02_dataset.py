@@ -122,12 +122,14 @@ class MammogramDataset(Dataset):
         # an abnormal film without a usable circle must not teach that it is normal everywhere
         unplaced = np.isin(self.images, prepared.findings["image"][~placed].to_list())
         self.known = (circled | (true == NORMAL)) & ~unplaced
+        cancers = prepared.findings["image"][prepared.findings["severity"] == "M"]
+        self.known &= (true != MALIGNANT) | np.isin(self.images, cancers.to_list())
 
     @classmethod
     def of_canvases(cls, canvases):
         """Wrap canvases (n, H, W) of uint8 that no table knows; all are called normal."""
         labels = pd.DataFrame({"image": [str(n) for n in range(len(canvases))], "label": NORMAL})
-        none = pd.DataFrame({"image": [], "canvas_radius": []})
+        none = pd.DataFrame({"image": [], "severity": [], "canvas_radius": []})
         return cls(SimpleNamespace(films=canvases, labels=labels, findings=none))
 
     def reduced(self, reduce):

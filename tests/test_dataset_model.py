@@ -131,6 +131,8 @@ def test_abnormal_film_without_usable_circle_is_unknown(phantoms):
         (NORMAL, [], True),
         (BENIGN, [whole], True),
         (MALIGNANT, [whole, ("M", *nothing)], False),  # the circle is not the whole truth
+        (MALIGNANT, [whole], False),  # a benign one cannot be why it is malignant
+        (MALIGNANT, [whole, ("M", 30.0, 40.0, 9.0)], True),
     ]:
         changed = with_findings(phantoms, 5, *circles, label=label)
         maps, known = data.MammogramDataset(changed).lesion_maps([5])
