@@ -952,7 +952,8 @@ def bits_of_set(paths):
 def list_files(folder):
     """Return all files in a folder and below, but for hidden ones; links are followed.
 
-    Left out as well is what comes and goes by itself: Windows' Thumbs.db, Excel's ~$mine.xlsx.
+    Left out as well is what the steps make, and what comes and goes by itself: Windows' Thumbs.db,
+    Excel's ~$mine.xlsx.
 
     Returns
     -------
@@ -964,7 +965,8 @@ def list_files(folder):
     def stop(error):
         raise error
 
-    paths, seen = [], set()
+    ours = [runs_dir(), *(data_dir(source) for source in ("own", "mias", "phantom"))]
+    paths, seen = [], {os.path.realpath(path) for path in ours}  # with `--images .`
     walk = os.walk(folder, onerror=stop, followlinks=True) if Path(folder).is_dir() else ()
     for root, folders, names in walk:
         seen.add(os.path.realpath(root))  # a link may lead back up

@@ -1239,3 +1239,13 @@ def test_files_of_windows_and_excel_may_come_and_go_while_films_are_placed(home)
     assert len(prepare_data({"Shortcuts": came}, **choice).films) == 12
     other = "(folder / 'f03.png').write_bytes((folder / 'f04.png').read_bytes() + b' ')"
     assert "changed meanwhile" in refused(prepare_data, {"Shortcuts": other}, **choice)
+
+
+def test_what_the_steps_make_is_no_film_where_all_lies_in_one_folder(home):
+    figure = "common.data_dir('own') / 'figures' / 'films.png'"
+    made = f"({figure}).parent.mkdir(parents=True, exist_ok=True); film.save({figure})"
+    made = f"film = common.Image.open(folder / 'scans' / 'f03.png'); {made}"
+    choice = {**saved(home, many()), "images": str(home)}
+    assert len(prepare_data({"Shortcuts": made}, **choice).films) == 12
+    names = common.list_files(home)["name"]
+    assert not names.str.startswith(("data/", "runs/")).any() and len(names) == 13  # and the table
