@@ -1636,6 +1636,7 @@ def read_own_labels(path, files=None, classes="", patient_from=""):
         if (values != own).any():
             print(f"{path}: {role} of {(values != own).sum()} films is taken from DICOM headers")
             if role == "patient":
+                warn_of(table["image"][values == ""], "films have no patient, one each is assumed")
                 values = values.where(values != "", table["image"])
             table[role] = values
     name = table["image"].map(lambda image: names.get(image, image))  # of the file: it says more

@@ -859,7 +859,7 @@ def test_18_what_cannot_be_read_of_a_dicom_film_is_one_message(home, monkeypatch
     assert "pip install pydicom" in refused(common.read_film, frames)
 
 
-def test_18_patient_and_side_come_from_the_header_if_the_table_has_none(home):
+def test_18_patient_and_side_come_from_the_header_if_the_table_has_none(home, capsys):
     (home / "scans").mkdir()
     for n in range(12):
         header = {"PatientID": f"P{n // 2}", "ImageLaterality": "LR"[n % 2]}
@@ -870,6 +870,11 @@ def test_18_patient_and_side_come_from_the_header_if_the_table_has_none(home):
         str(n): f"P{n // 2}" for n in range(12)
     }
     assert set(prepared.labels["laterality"]) == {"left", "right"}
+    dicom(home / "scans" / "2.dcm", deep(film(2), 12), ImageLaterality="L")
+    capsys.readouterr()
+    prepare_data(**saved(home, {}, "image,label", rows))
+    assert "1 films have no patient, one each is assumed: 2" in capsys.readouterr().err
+    dicom(home / "scans" / "2.dcm", deep(film(2), 12), ImageLaterality="L", PatientID="P1")
     (home / "scans" / "3.dcm").write_text("no DICOM")
     assert "3: " in refused(prepare_data, **saved(home, {}, "image,label", rows))
     left = prepare_data(**saved(home, {}, "image,label", rows), allow_partial=True).labels
