@@ -107,7 +107,7 @@ def explain(error):
     if isinstance(error, OSError) and error.errno in FULL:
         return f"the disk is full ({error.filename or 'while writing'}); free some space, run again"
     if isinstance(error, PermissionError):
-        return f"no permission for {error.filename}; change its rights or choose another folder"
+        return f"no permission for {error.filename2 or error.filename}; close it or mend its rights"
     if isinstance(error, OSError):
         return f"{error.strerror or error}: {error.filename or 'no file name known'}"
     return f"unexpected {type(error).__name__}: {error} (--debug shows where; please report it)"
@@ -2493,8 +2493,11 @@ def history_line(row, epochs, better):
 
 def write_history(rows, folder):
     """Write history.csv of a fold (a folder of the run), and with it the run's."""
-    write_csv(pd.DataFrame(rows), folder / "history.csv")
-    merge_histories(folder.parent)
+    try:
+        write_csv(pd.DataFrame(rows), folder / "history.csv")
+        merge_histories(folder.parent)
+    except UserError as error:  # Excel may hold one open: no reason to end a training
+        warn(f"{error}; it is written again after the next epoch")
 
 
 def merge_histories(folder, write=True):

@@ -945,3 +945,23 @@ def test_command_prints_a_line_an_epoch_and_names_the_run_and_the_next_command(t
     assert "run phantom-lesion-001" in done.stdout
     assert "Next: python 05_evaluate.py --run phantom-lesion-001" in done.stdout
     assert (home / "runs" / "phantom-lesion-001" / "figures" / "history.png").stat().st_size > 1000
+
+
+def test_a_history_that_another_program_holds_open_does_not_end_a_training(
+    tiny, monkeypatch, capsys
+):
+    """Windows replaces no file that Excel has open; the states are saved, and the end is loud."""
+    replace = os.replace
+
+    def refuse_history(source, target):
+        if Path(target) == common.runs_dir("open/history.csv"):
+            raise PermissionError(errno.EACCES, "Access is denied", str(source), None, str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_history)
+    with pytest.raises(UserError, match="no permission for .*open.history.csv; close it"):
+        train(run="open", epochs=2)
+    assert "history.csv; close it" in capsys.readouterr().err.split("after the next epoch")[0]
+    fold = common.runs_dir("open/fold-0")
+    assert pd.read_csv(fold / "history.csv")["epoch"].tolist() == [1, 2]
+    assert common.read_checkpoint(fold / "last.pt")["epoch"] == 2
