@@ -2609,15 +2609,13 @@ def make_phantoms(folder, n_patients=60, seed=0, film_size=1024):
         12 patients include 4 malignant, 4 benign and every quirk of ``Info.txt``. A film depends on
         the seed, its number and its size (pixels; 128 at least), not on ``n_patients``.
     """
-    print(f"making phantoms of {n_patients} patients ...", flush=True)
 
     def write(number):
         film, rows = phantom_film(seed, number, film_size)
         Image.fromarray(film).save(Path(folder) / f"mdb{number:03d}.pgm")
         return rows
 
-    with ThreadPoolExecutor() as pool:
-        rows = sum(pool.map(write, range(1, 2 * n_patients + 1)), [])
+    rows = sum(in_threads(write, range(1, 2 * n_patients + 1), "drawing phantoms"), [])
     (Path(folder) / "Info.txt").write_text("\n".join([PHANTOM_HEADER, *rows, "", "=" * 65, ""]))
 
 
