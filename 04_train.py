@@ -215,7 +215,7 @@ def schedule_of(values):
     return pd.DataFrame(rows, index=values["looks"], columns=WAITS)
 
 
-if settings.run and settings.run == settings.weights:
+if settings.run in Path(settings.weights).parts:
     raise UserError(f"the run {settings.run} cannot begin with itself; choose another --run")
 first_look = looks_of(settings, train_films.prepared)[0]
 with common.first_process_first():
