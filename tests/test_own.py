@@ -1005,6 +1005,10 @@ def test_a_database_that_is_only_learned_from_trains_all_but_validation(home, sm
     film = common.load_prepared("own").splits.set_index("image").loc["f03"]
     with pytest.raises(common.UserError, match="1 of the . test films of .* answers.*: f03$"):
         run_main("04_train.py", run="leak", fold=film["fold"], **quick)
+    run_main("04_train.py", run="large", resume=True, fold="1")
+    judged = run_main("05_evaluate.py", run="large", resamples=20)  # by the fold that has films
+    tested = (prepared.splits["fold"] == 1).sum()
+    assert f"n = {tested} films" in judged.scope and "1 of 3 folds" in judged.scope
 
 
 # ---------------------------------------------------------------------- E. the rest
