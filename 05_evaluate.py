@@ -286,7 +286,7 @@ class FoldModel(NamedTuple):
 
 def load_folds(folder, record, device="auto"):
     """Return the FoldModels of a run (folder runs/<run>, record its settings.json), in order."""
-    found = {}
+    found, again = {}, f"python 04_train.py --resume --run {folder.name}"
     for path in sorted(folder.glob("fold-*/best.pt")):
         checkpoint, log = common.read_checkpoint(path), path.with_name("history.csv")
         model = network.MammogramNet(record["recipe"], record["dropout"])
@@ -299,16 +299,15 @@ def load_folds(folder, record, device="auto"):
         waits = record["schedule"][common.LOOKS[path.parent.name.endswith("-window")]]
         done = len(pd.read_csv(log)) if log.is_file() else 0
         if done < min(waits["epochs"], checkpoint["epoch"] + waits["patience"]):
-            common.warn(f"{path.parent.name} was stopped after {done} epochs; --resume goes on")
+            common.warn(f"{path.parent.name} was stopped after {done} epochs; {again} goes on")
         model = model.to(common.choose_device(device), memory_format=torch.channels_last)
         checkpoint["model"] = model.eval().requires_grad_(False)  # Grad-CAM asks for its own
         found.setdefault(checkpoint["fold"], {})[checkpoint["reduce"]] = checkpoint
     shared, folds = set.intersection(*map(set, found.values())) if found else set(), []
     if not shared:
-        raise UserError(f"{folder} has no fold-K/best.pt yet; python 04_train.py --resume makes it")
+        raise UserError(f"{folder} has no fold-K/best.pt yet; {again} makes it")
     if len(shared) < len(record["looks"]):
-        hint = "python 04_train.py --resume trains the rest"
-        common.warn(f"not every fold has both looks yet, so that one look alone is judged; {hint}")
+        common.warn(f"not every fold has both looks yet, one look alone is judged; {again} goes on")
     for number, by_reduction in found.items():
         looks = [by_reduction[times] for times in sorted(shared, reverse=True)]
         logits = torch.stack([look["validation"]["logits"] for look in looks]).mean(0)
