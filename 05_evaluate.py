@@ -264,7 +264,8 @@ class FoldModel(NamedTuple):
     number: int
     models: list
     reduce: list  # how many times each of them has films reduced
-    prior: torch.Tensor  # (3,), how frequent the classes are in training
+    prior: torch.Tensor  # (3,), what its logits lack: how frequent the classes are in training
+    frequencies: torch.Tensor  # the same; of the validation films where its logits lack nothing
     calibration: dict  # temperatures "beside" the other breast and "alone", its "weight"
     validation: dict  # image, patient, laterality, logits (n, 3) and labels (n,) of the best epochs
     epochs: list
@@ -317,7 +318,9 @@ def load_folds(folder, record, device="auto"):
         fitted = {"beside": beside, "alone": alone, "weight": weight}
         models, reduce, epochs = ([look[n] for look in looks] for n in ("model", "reduce", "epoch"))
         seen = set().union(*(look.get("seen", {}).get("films", ()) for look in looks))
-        folds.append(FoldModel(number, models, reduce, prior, fitted, validation, epochs, seen))
+        counts = torch.bincount(validation["labels"], minlength=3).clamp(min=0.5)
+        prior = prior, prior if prior.std() else counts / counts.sum()
+        folds.append(FoldModel(number, models, reduce, *prior, fitted, validation, epochs, seen))
     return folds
 
 
@@ -437,7 +440,7 @@ def read_own_films(paths, folds, record, settings):
         used = never or folds
         readings = [fold.read(films, 1, bar=bar) for fold in used]
         each = [f.probabilities(r.logits, couple, settings.pair) for f, r in zip(used, readings)]
-        p, prior = np.mean(each, axis=0), torch.stack([fold.prior for fold in used]).mean(0)
+        p, prior = np.mean(each, axis=0), torch.stack([fold.frequencies for fold in used]).mean(0)
         part = part.assign(**dict(zip(PROBABILITIES, p.T)), never=len(never))
         part["predicted"] = np.take(CLASS_NAMES, network.decide(p, prior, settings.tempering))
         points = operating_points(used, settings.recall, settings.pair)
@@ -523,9 +526,9 @@ def predict_run(folds, prepared, record, settings):
         table["label"] = test.labels.numpy()
         table[PROBABILITIES] = fold.probabilities(read.logits, test.table(), beside=True)
         p = table[PROBABILITIES].to_numpy()
-        table["predicted"] = network.decide(p, fold.prior, settings.tempering)
+        table["predicted"] = network.decide(p, fold.frequencies, settings.tempering)
         table[ALONE] = p = fold.probabilities(read.logits, test.table(), beside=False)
-        table["alone_predicted"] = network.decide(p, fold.prior, settings.tempering)
+        table["alone_predicted"] = network.decide(p, fold.frequencies, settings.tempering)
         tables.append(table)
         readings.append(read)
     progress.close()

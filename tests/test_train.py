@@ -947,6 +947,18 @@ def test_command_prints_a_line_an_epoch_and_names_the_run_and_the_next_command(t
     assert (home / "runs" / "phantom-lesion-001" / "figures" / "history.png").stat().st_size > 1000
 
 
+def test_tempering_favours_rare_classes_where_training_saw_them_as_they_are_too(tiny):
+    run = train(balance="none", lr=0.05, epochs=2)
+    judged = conftest.run_main("05_evaluate.py", run=run.run_folder.name, tempering=1.0)
+    (fold,) = judged.fold_models
+    counts = np.bincount(run.validation_films.labels, minlength=3).clip(0.5)
+    assert fold.frequencies.tolist() == pytest.approx(counts / counts.sum())
+    assert fold.prior.tolist() == [1, 1, 1]
+    p = judged.predictions[["p_benign", "p_normal", "p_malignant"]].to_numpy()
+    assert judged.predictions["predicted"].tolist() == (p / counts).argmax(1).tolist()
+    assert (judged.predictions["predicted"] != p.argmax(1)).any()
+
+
 def test_a_history_that_another_program_holds_open_does_not_end_a_training(
     tiny, monkeypatch, capsys
 ):
