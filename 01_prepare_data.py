@@ -174,7 +174,7 @@ common.show(figure, common.data_dir(source) / "figures" / "one-film.png")
 
 # %% Six films before and after: two of each class
 # Is the outline on the skin, is nothing of the breast cut off, is the label in the corner gone? A
-# look at six films shows more than any number. Right breasts are mirrored.
+# look at six films shows more than any number. Those with the wall at the right are mirrored.
 shown = labels.groupby("label").head(2).sort_values("label")
 rows = [scan_to_canvas(row, files, size, settings.crop) for _, row in shown.iterrows()]
 rows = [pictures for pictures in rows if pictures]

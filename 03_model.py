@@ -354,7 +354,7 @@ if __name__ == "__main__":
     common.table(output.set_axis(four.images[four.rows]), "what the network says as it is now")
     options = [(name, row) for name in ("", ", Grad-CAM", ", places") for row in four.rows]
     pictures = [(four.images[row] + name, prepared.films[row]) for name, row in options]
-    title = "Four films; below them Grad-CAM, and places by how suspicious they are (bright: more)"
+    title = f"{len(four)} films; below them Grad-CAM, and places by how suspicious (bright: more)"
     figure, axes = common.draw_films(pictures, title, rows=3, size=(7, 9))
     options = {"cmap": "inferno", "alpha": 0.5, "extent": (0, *prepared.films.shape[:0:-1], 0)}
     for axis, part in zip(axes[len(four) :], [*four_read.cams, *four_read.places]):
@@ -387,7 +387,7 @@ if __name__ == "__main__":
     rows = four_read.logits, beside_other_breast(four_read.logits, beside)
     for name, part in zip(("alone", "beside"), rows):
         beside[f"malignant - normal, {name}"] = (part[:, MALIGNANT] - part[:, NORMAL]).numpy()
-    common.table(beside.round(4), "logits of four films, alone and beside the other breast")
+    common.table(beside.round(4), f"logits of {len(four)} films, alone and beside the other")
 
 
 # %% Probabilities that mean what they say: one film under three priors and temperatures

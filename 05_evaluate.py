@@ -383,7 +383,7 @@ thresholds = operating_points(fold_models, settings.recall)
 common.table(thresholds.round(4), f"thresholds for a malignant recall of {settings.recall}")
 part = int(thresholds["malignant"].min())
 if not part:
-    print("Without malignant validation films no threshold can be chosen: every film is recalled.")
+    print("A fold without malignant validation films chooses no threshold: all films are recalled.")
 elif part * (1 - settings.recall) < 1:
     title = f"That is not promised: even if all of a fold's {part} malignant validation films are"
     print(f"{title} found, it may be {wilson(part, part)[0]:.2f} to 1.")

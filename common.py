@@ -1849,7 +1849,7 @@ class Geometry(typing.NamedTuple):
     crop_left: int  # px of the film
     crop_height: int  # px of the film
     crop_width: int  # px of the film
-    mirrored: bool  # right breasts are, so that the chest wall is always on the left
+    mirrored: bool  # films with the chest wall at the right are, so that it is always at the left
     scale: float  # canvas px for one film px
 
 
