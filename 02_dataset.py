@@ -203,9 +203,12 @@ def balanced_sampler(labels, generator):
 
 
 def class_weights(labels):
-    """Return a weight per class, float32 (3,), inverse to its number of films, mean film 1."""
+    """Return a weight per class, float32 (3,), inverse to its number of films, mean film 1.
+
+    0 for a class without films, or label smoothing would make all the loss of it.
+    """
     counts = torch.bincount(labels, minlength=3)
-    return len(labels) / (torch.count_nonzero(counts) * counts.clamp(min=1))
+    return (counts > 0) * len(labels) / (torch.count_nonzero(counts) * counts.clamp(min=1))
 
 
 def batches(dataset, batch_size, sampler=None):

@@ -149,6 +149,11 @@ def test_class_weights_make_classes_count_alike_with_mean_one():
         assert weights[labels].mean().item() == pytest.approx(1)
         shares = (weights.numpy() * counts)[counts > 0]
         assert weights.dtype == torch.float32 and shares == pytest.approx(shares[0])
+        assert (weights.numpy()[counts == 0] == 0).all()  # label smoothing asks for all classes
+    logits, weights = torch.zeros(300, 3), data.class_weights(torch.tensor([0, 2] * 150))
+    options = {"weight": weights, "label_smoothing": 0.1}
+    loss = F.cross_entropy(logits, torch.tensor([0, 2] * 150), **options).item()
+    assert loss == pytest.approx(np.log(3), rel=0.05)  # with a weight for normal it was 6.6
 
 
 def test_sampler_draws_every_class_equally_often_and_as_many_films_as_there_are():
