@@ -211,6 +211,12 @@ def class_weights(labels):
     return (counts > 0) * len(labels) / (torch.count_nonzero(counts) * counts.clamp(min=1))
 
 
+def prior_of(labels, balance):
+    """Return how frequent the classes are, float32 (3,); alike if training saw them as they are."""
+    counts = torch.bincount(labels, minlength=3).clamp(min=0.5)
+    return counts / counts.sum() if balance != "none" else torch.ones(3)
+
+
 def batches(dataset, batch_size, sampler=None):
     """Return a DataLoader of (films, labels, rows); in order if there is no sampler."""
     return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=lambda batch: batch)

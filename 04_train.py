@@ -321,12 +321,6 @@ print(f"a batch {tuple(batch[0].shape)} before training: loss {rows[0].item():.3
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 
 
-def prior_of(labels, balance):
-    """Return how frequent the classes are, float32 (3,); alike if training saw them as they are."""
-    counts = torch.bincount(labels, minlength=3).clamp(min=0.5)
-    return counts / counts.sum() if balance != "none" else torch.ones(3)
-
-
 def judge(logits, films, prior):
     """Return the metrics of validation films (a MammogramDataset) with logits (n, 3)."""
     labels, table = films.labels, films.table()
@@ -370,7 +364,7 @@ part = validation_films.rows[:64], validation_films.all_labels.numpy()
 part = seen_by(first_look, data.MammogramDataset(train_films.prepared, *part))
 with enough_memory(settings.batch_size):
     rows = network.predict(model, part, settings.batch_size, precision_of(model, settings)).logits
-rows = judge(rows, part, prior_of(train_films.labels, settings.balance))
+rows = judge(rows, part, data.prior_of(train_films.labels, settings.balance))
 title = f"{len(part)} validation films"
 common.table(pd.Series(rows).round(3).to_frame("untrained"), title)
 
@@ -406,7 +400,7 @@ class FoldState:
             self.sampler = data.balanced_sampler(self.train_films.labels, self.generator)
         else:
             self.sampler = RandomSampler(self.train_films, generator=self.generator)
-        self.prior = prior_of(self.train_films.labels, settings.balance)
+        self.prior = data.prior_of(self.train_films.labels, settings.balance)
         blend = get_ema_multi_avg_fn(settings.ema)
         self.average = AveragedModel(self.model, multi_avg_fn=blend, use_buffers=True)
         self.network = DistributedDataParallel(self.model) if count > 1 else self.model

@@ -318,8 +318,7 @@ def load_folds(folder, record, device="auto"):
         fitted = {"beside": beside, "alone": alone, "weight": weight}
         models, reduce, epochs = ([look[n] for look in looks] for n in ("model", "reduce", "epoch"))
         seen = set().union(*(look.get("seen", {}).get("films", ()) for look in looks))
-        counts = torch.bincount(validation["labels"], minlength=3).clamp(min=0.5)
-        prior = prior, prior if prior.std() else counts / counts.sum()
+        prior = prior, prior if prior.std() else data.prior_of(validation["labels"], "sampler")
         folds.append(FoldModel(number, models, reduce, *prior, fitted, validation, epochs, seen))
     return folds
 
