@@ -512,13 +512,14 @@ def predict_run(folds, prepared, record, settings):
     shuffled = record["shuffle_labels"]
     labels = data.shuffled_labels(prepared.labels, record["seed"]) if shuffled else None
     dtype = common.choose_precision(settings.precision, common.choose_device(settings.device))
+    folds = [fold for fold in folds if fold.number in {*prepared.splits["fold"]}]
     parts = [np.flatnonzero(prepared.splits["fold"] == fold.number) for fold in folds]
-    if not any(map(len, parts)):
+    if not folds:
         what = f"run {record['run']} was trained with --fold none: no film is left to judge it on"
         raise UserError(f"{what}; begin another one with it, --weights RUN, or read an --image")
     progress = common.Progress(len(folds[0].models) * sum(map(len, parts)), "predicting")
     tables, readings = [], []
-    for fold, rows in ((f, rows) for f, rows in zip(folds, parts) if len(rows)):
+    for fold, rows in zip(folds, parts):
         test = data.MammogramDataset(prepared, rows, labels)
         read = fold.read(test, settings.batch_size, dtype, progress)
         table = prepared.splits.iloc[rows][["image", "patient", "fold"]].copy()
